@@ -1,0 +1,88 @@
+"""The store: where bytes go. It knows names and bytes, nothing else; what they mean is format's business.
+
+Every store passes ``fastckpt.testing.StoreContract``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a store can do, as data."""
+
+    durable: bool
+    """What was reported written survives power loss (files) or the loss of any one host (object stores)."""
+    create_if_absent: bool
+    """``create`` is atomic between processes. Without it, one writer only."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    name: str
+    size: int
+    """Bytes."""
+
+
+class ObjectWriter(Protocol):
+    """One object being written from front to back, by one thread. Ends with exactly one ``finish`` or ``abandon``."""
+
+    def append(self, data: Bytes) -> int:
+        """Adds ``data`` and returns the offset it starts at. The buffer may be reused as soon as this returns."""
+
+    def finish(self) -> int:
+        """Makes the object and its name durable, and returns its size. Nothing may be called afterwards.
+
+        After an error the object must not be trusted, finished again or appended to: use another name.
+        """
+
+    def abandon(self) -> None:
+        """Gives the object up, removing what can be removed. Never raises; may follow any error; may be repeated."""
+
+
+class Store(Protocol):
+    """Objects by name. Any thread may call any method at any time.
+
+    Names are components joined by ``/``; each is made of ``A-Z a-z 0-9 . _ -``, does not start with a dot and is at
+    most 200 bytes. Anything else is ``ValueError``. No name is ever a directory of another.
+
+    Errors: ``ObjectNotFound``, ``ObjectExists``, ``OutOfSpace``, else ``StorageError`` with the system's reason and the
+    object's name. No other exception leaves a store for anything that the outside world did.
+    """
+
+    url: str
+    """As a user would write it, without credentials."""
+    capabilities: Capabilities
+
+    def create(self, name: str, data: Bytes) -> None:
+        """Writes a small object whole, if absent, durably: after return it survives a crash; before, it is there whole
+        or not at all, also for other processes. ``ObjectExists`` if the name is taken, which is then unchanged. After
+        any other error the object may or may not exist: read it back to know."""
+
+    def write(self, name: str) -> ObjectWriter:
+        """Starts a large object. ``ObjectExists`` if the name is taken. Until ``finish`` returns, others may see it
+        missing, empty, partial or whole, and so may everyone after a crash."""
+
+    def read(self, name: str, *, size_max: int) -> bytes:
+        """The whole object. ``StorageError`` if it is larger than ``size_max`` bytes; nothing is allocated for it then."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from ``offset``. A short object is ``StorageError``, never a short read."""
+
+    def size(self, name: str) -> int:
+        """Bytes of the object; ``ObjectNotFound`` if there is none."""
+
+    def children(self, prefix: str) -> Iterator[str]:
+        """The distinct next components below ``prefix`` (``""`` or a name), sorted: of ``a/b/c`` and ``a/d``,
+        ``children("a")`` gives ``b`` and ``d``. A prefix without objects gives nothing."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects below ``prefix``, sorted by name. What ``create`` or ``finish`` reported before the call is in it."""
+
+    def delete(self, name: str) -> None:
+        """Removes the object; absent is no error. Need not be durable: nothing relies on a name being gone."""
