@@ -1,0 +1,402 @@
+"""The layout, the parts and the index: what a snapshot consists of and where each chunk lies.
+
+A layout says which chunks there are (they follow from shapes, boxes and ``chunk_bytes``) and which rank wrote each; a
+part holds, for the ranks of one node, the hash and place of each of their chunks; the index names the layout and parts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt.errors import FormatError, LimitExceeded
+from fastckpt.format import codec, document, names
+from fastckpt.format.chunk import CHUNKS_MAX, HASH_BYTES, bundle_bytes_max, chunk_count, chunk_cuts, is_tiny
+from fastckpt.format.dtype import item_bytes
+from fastckpt.format.shard import Box, check_inside, check_shape, find_overlap
+
+KEY_BYTES_MAX = 4096
+VALUE_BYTES_MAX = 64 * 1024 * 1024
+"""Bytes of one encoded plain value."""
+SHARED = -1
+"""The owner of a tensor that belongs to the job and not to one rank."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Keys, shapes, dtypes, boxes, and who writes which chunk. Columns of equal length belong together."""
+
+    chunk_bytes: Count
+    keys: list[str]
+    """Sorted by (key, owner), each pair once."""
+    owners: list[Annotated[int, msgspec.Meta(ge=-1)]]
+    """For each key, the rank whose own tensor it is, or ``SHARED``."""
+    dtypes: list[str]
+    shapes: list[list[Count]]
+    aliases: list[tuple[Count, Count]]
+    """Pairs (key number, key number of the tensor that holds its bytes): tied tensors are stored once."""
+    shard_keys: list[Count]
+    shard_offsets: list[list[Count]]
+    shard_sizes: list[list[Count]]
+    units: list[list[Count]]
+    """Shard numbers. A unit of one shard is cut on the grid; a unit of several is a bundle: one chunk, back to back."""
+    writers: list[tuple[Count, Count]]
+    """Pairs (rank, number of chunks): the chunks of all units, in order, are dealt out in these runs."""
+    rank_nodes: list[Count]
+    """For each rank, the number of its node, which is the number of the part that holds its table."""
+
+    def box(self, shard: int) -> Box:
+        return Box(tuple(self.shard_offsets[shard]), tuple(self.shard_sizes[shard]))
+
+    def shard_bytes(self, shard: int) -> int:
+        return math.prod(self.shard_sizes[shard]) * item_bytes(self.dtypes[self.shard_keys[shard]])
+
+    def label(self, key: int) -> str:
+        """The key as shown to people: ``key``, or ``key@rank`` for one rank's own tensor."""
+        return self.keys[key] if self.owners[key] == SHARED else f"{self.keys[key]}@{self.owners[key]}"
+
+    def bytes(self) -> int:
+        """Logical bytes of all tensors; tied ones count once."""
+        return sum(self.shard_bytes(shard) for shard in range(len(self.shard_keys)))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a shard's elements, in the shard's C order, as found at ``byte`` of a chunk's raw bytes."""
+
+    shard: int
+    start: int
+    stop: int
+    byte: int
+
+
+class Chunks:
+    """The chunks of a layout: what each holds, who wrote it, and which row of that rank's table describes it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        counts = (self._unit_chunks(unit) for unit in layout.units)
+        self._unit_first = list(itertools.accumulate(counts, initial=0))
+        self._run_first = list(itertools.accumulate((count for _, count in layout.writers), initial=0))
+        rows: dict[int, int] = {}
+        self._run_row: list[int] = []
+        for rank, count in layout.writers:
+            self._run_row.append(rows.get(rank, 0))
+            rows[rank] = rows.get(rank, 0) + count
+        self.rows = rows
+        """For each rank that writes, the number of its chunks."""
+
+    def __len__(self) -> int:
+        return self._unit_first[-1]
+
+    @property
+    def dealt(self) -> int:
+        """Chunks the writers' runs cover."""
+        return self._run_first[-1]
+
+    def _unit_chunks(self, unit: list[int]) -> int:
+        if len(unit) > 1:
+            return 1
+        layout, shard = self.layout, unit[0]
+        key = layout.shard_keys[shard]
+        size = item_bytes(layout.dtypes[key])
+        return chunk_count(layout.shapes[key], size, layout.box(shard), layout.chunk_bytes)
+
+    def unit_chunks(self, unit: int) -> range:
+        """The chunk numbers of a unit."""
+        return range(self._unit_first[unit], self._unit_first[unit + 1])
+
+    def unit_pieces(self, unit: int) -> list[list[Piece]]:
+        """For each chunk of a unit, what it holds."""
+        layout, shards = self.layout, self.layout.units[unit]
+        if len(shards) > 1:
+            starts = itertools.accumulate((layout.shard_bytes(shard) for shard in shards), initial=0)
+            return [
+                [Piece(s, 0, math.prod(layout.shard_sizes[s]), b) for s, b in zip(shards, starts, strict=False)],
+            ]
+        key = layout.shard_keys[shards[0]]
+        size = item_bytes(layout.dtypes[key])
+        cuts = chunk_cuts(layout.shapes[key], size, layout.box(shards[0]), layout.chunk_bytes)
+        return [[Piece(shards[0], start, stop, 0)] for start, stop in itertools.pairwise(cuts)]
+
+    def raw_bytes(self, pieces: Sequence[Piece]) -> int:
+        """Raw bytes of a chunk that holds ``pieces``."""
+        last = pieces[-1]
+        size = item_bytes(self.layout.dtypes[self.layout.shard_keys[last.shard]])
+        return last.byte + (last.stop - last.start) * size
+
+    def writer(self, chunk: int) -> tuple[int, int]:
+        """The rank that wrote a chunk, and the row of its table."""
+        run = bisect.bisect_right(self._run_first, chunk) - 1
+        return self.layout.writers[run][0], self._run_row[run] + chunk - self._run_first[run]
+
+    def of_rank(self, rank: int) -> Iterator[tuple[int, list[Piece]]]:
+        """The chunks a rank writes, as (chunk number, pieces), ascending: the order of the rows of its table."""
+        for run, (writer, count) in enumerate(self.layout.writers):
+            first = self._run_first[run]
+            chunk, end = first, first + count
+            while writer == rank and chunk < end:
+                unit = bisect.bisect_right(self._unit_first, chunk) - 1
+                pieces = self.unit_pieces(unit)
+                base = self._unit_first[unit]
+                stop = min(end, self._unit_first[unit + 1])
+                yield from ((number, pieces[number - base]) for number in range(chunk, stop))
+                chunk = stop
+
+
+def decode_layout(data: bytes, digest: str) -> Layout:
+    """The layout whose stored bytes have ``digest``, with every rule checked; ``FormatError`` otherwise."""
+    name = names.layout(digest)
+    if document.digest(data) != digest:
+        raise FormatError(f"{name}: damaged: its bytes do not have the digest it is named by")
+    layout: Layout = document.unpack_table(data, Layout, name)
+    check_layout(layout, name)
+    return layout
+
+
+def check_layout(layout: Layout, name: str) -> None:
+    """``FormatError`` or ``LimitExceeded``, naming ``name``, unless the layout keeps every rule of FORMAT.md."""
+    count = len(layout.keys)
+    if not count == len(layout.owners) == len(layout.dtypes) == len(layout.shapes):
+        raise FormatError(f"{name}: columns of keys have different lengths")
+    for key, owner, dtype, shape in zip(layout.keys, layout.owners, layout.dtypes, layout.shapes, strict=True):
+        if not 0 < len(key.encode()) <= KEY_BYTES_MAX:
+            raise LimitExceeded(f"{name}: a key of {len(key.encode())} bytes")
+        if owner >= len(layout.rank_nodes):
+            raise FormatError(f"{name}: {key} belongs to rank {owner}, of {len(layout.rank_nodes)}")
+        check_shape(shape, f"{name}: {key}")
+        if math.prod(size for size in shape if size) * item_bytes(dtype) > 2**62:
+            raise LimitExceeded(f"{name}: {key} has more than 2**62 bytes")
+    identities = list(zip(layout.keys, layout.owners, strict=True))
+    if any(a >= b for a, b in itertools.pairwise(identities)):
+        raise FormatError(f"{name}: keys are not sorted, or one is there twice")
+    if not len(layout.shard_keys) == len(layout.shard_offsets) == len(layout.shard_sizes):
+        raise FormatError(f"{name}: columns of shards have different lengths")
+    _check_cover(layout, name)
+    _check_units(layout, name)
+    if any(node >= max(1, len(layout.rank_nodes)) for node in layout.rank_nodes):
+        raise FormatError(f"{name}: more nodes than ranks")
+    chunks = Chunks(layout)
+    if len(chunks) > CHUNKS_MAX:
+        raise LimitExceeded(f"{name}: {len(chunks)} chunks, at most {CHUNKS_MAX} are allowed")
+    if chunks.dealt != len(chunks) or any(rank >= len(layout.rank_nodes) for rank in chunks.rows):
+        raise FormatError(f"{name}: its writers do not cover its {len(chunks)} chunks exactly")
+
+
+def _check_cover(layout: Layout, name: str) -> None:
+    """Every element of every stored tensor lies in exactly one shard."""
+    aliases = {key for key, _ in layout.aliases}
+    if len(aliases) != len(layout.aliases):
+        raise FormatError(f"{name}: one key is tied twice")
+    for key, target in layout.aliases:
+        if key >= len(layout.keys) or target >= len(layout.keys) or target in aliases:
+            raise FormatError(f"{name}: a key is tied to one that stores nothing")
+        if layout.shapes[key] != layout.shapes[target] or layout.dtypes[key] != layout.dtypes[target]:
+            raise FormatError(f"{name}: {layout.keys[key]} is tied to a tensor of another shape or dtype")
+    boxes: list[list[Box]] = [[] for _ in layout.keys]
+    for shard, key in enumerate(layout.shard_keys):
+        if key >= len(layout.keys) or key in aliases:
+            raise FormatError(f"{name}: shard {shard} belongs to no stored key")
+        box = layout.box(shard)
+        check_inside(box, layout.shapes[key], f"{name}: {layout.keys[key]}")
+        boxes[key].append(box)
+    for key, parts in enumerate(boxes):
+        whole = 0 if key in aliases else math.prod(layout.shapes[key])
+        if sum(box.elements for box in parts) != whole or find_overlap(parts):
+            raise FormatError(f"{name}: the shards of {layout.keys[key]} do not cover it exactly once")
+
+
+def _check_units(layout: Layout, name: str) -> None:
+    seen = bytearray(len(layout.shard_keys))
+    for unit in layout.units:
+        for shard in unit:
+            if shard >= len(seen) or seen[shard]:
+                raise FormatError(f"{name}: shard {shard} is in no unit, or in two")
+            seen[shard] = 1
+        if not unit:
+            raise FormatError(f"{name}: an empty unit")
+        if len(unit) > 1:
+            sizes = [layout.shard_bytes(shard) for shard in unit]
+            if sum(sizes) > bundle_bytes_max(layout.chunk_bytes) or not all(
+                is_tiny(size, layout.chunk_bytes) for size in sizes
+            ):
+                raise LimitExceeded(f"{name}: a bundle of {sum(sizes)} bytes")
+    if not all(seen):
+        raise FormatError(f"{name}: shard {seen.index(0)} is in no unit")
+
+
+class PackInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pack and its size in bytes."""
+
+    name: str
+    size: Count
+
+
+class RankTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The chunks one rank wrote, in ascending order of chunk number. Columns are little-endian arrays."""
+
+    rank: Count
+    packs: list[PackInfo]
+    pack: bytes
+    """uint32: position in ``packs``."""
+    offset: bytes
+    """uint64: where in the pack the stored bytes start."""
+    length: bytes
+    """uint32: stored bytes."""
+    codec: bytes
+    """uint8."""
+    hashes: bytes
+    """32 bytes a chunk: its id."""
+    stored_hashes: bytes
+    """32 bytes for each chunk whose codec is not raw, in order: BLAKE3-256 of the stored bytes."""
+    values: dict[str, bytes]
+    """Digest of each per-rank value's encoding, by name."""
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the ranks of one node wrote."""
+
+    attempt: str
+    node: Count
+    layout: str
+    """Digest."""
+    tables: list[RankTable]
+    """Sorted by rank; one for each rank of the node."""
+    blobs: list[bytes]
+    """Encoded values that the tables name and that node 0's part does not hold already."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """Where a chunk lies and what its bytes must be."""
+
+    pack: str
+    offset: int
+    length: int
+    codec: int
+    hash: bytes
+    stored_hash: bytes | None
+
+
+class Rows:
+    """A rank's table as arrays."""
+
+    def __init__(self, table: RankTable) -> None:
+        self.packs = table.packs
+        self._hashes = table.hashes
+        self._stored = table.stored_hashes
+        self.pack: npt.NDArray[Any] = np.frombuffer(table.pack, "<u4")
+        self.offset: npt.NDArray[Any] = np.frombuffer(table.offset, "<u8")
+        self.length: npt.NDArray[Any] = np.frombuffer(table.length, "<u4")
+        self.codec: npt.NDArray[Any] = np.frombuffer(table.codec, "u1")
+        self._stored_row: npt.NDArray[Any] = np.cumsum(self.codec != codec.RAW) - 1
+
+    def place(self, row: int) -> ChunkPlace:
+        at, kind = row * HASH_BYTES, int(self.codec[row])
+        stored = int(self._stored_row[row]) * HASH_BYTES
+        return ChunkPlace(
+            self.packs[int(self.pack[row])].name,
+            int(self.offset[row]),
+            int(self.length[row]),
+            kind,
+            self._hashes[at : at + HASH_BYTES],
+            None if kind == codec.RAW else self._stored[stored : stored + HASH_BYTES],
+        )
+
+
+def decode_part(data: bytes, info: PartInfo, attempt: str, layout: Layout, layout_digest: str, chunks: Chunks) -> Part:
+    """Part ``info`` of ``attempt``, with every rule checked; ``FormatError`` otherwise."""
+    name = names.part(attempt, info.node)
+    if len(data) != info.size or document.digest(data) != info.digest:
+        raise FormatError(f"{name}: damaged: its bytes do not have the digest its index names")
+    part: Part = document.unpack_table(data, Part, name)
+    ranks = [rank for rank, node in enumerate(layout.rank_nodes) if node == info.node]
+    if part.attempt != attempt or part.node != info.node or part.layout != layout_digest:
+        raise FormatError(f"{name}: belongs to another attempt, node or layout")
+    if [table.rank for table in part.tables] != ranks:
+        raise FormatError(f"{name}: does not hold one table for each of ranks {ranks}")
+    for table in part.tables:
+        _check_table(table, chunks.rows.get(table.rank, 0), layout.chunk_bytes, f"{name}, rank {table.rank}")
+    if any(len(blob) > VALUE_BYTES_MAX for blob in part.blobs):
+        raise LimitExceeded(f"{name}: a value of more than {VALUE_BYTES_MAX} bytes")
+    return part
+
+
+def _check_table(table: RankTable, count: int, chunk_bytes: int, name: str) -> None:
+    columns = ((table.pack, 4), (table.offset, 8), (table.length, 4), (table.codec, 1), (table.hashes, HASH_BYTES))
+    if any(len(column) != count * width for column, width in columns):
+        raise FormatError(f"{name}: a column has not one entry for each of {count} chunks")
+    if any(len(value) != HASH_BYTES for value in table.values.values()):
+        raise FormatError(f"{name}: a value's digest is not {HASH_BYTES} bytes")
+    for info in table.packs:
+        names.pack_attempt(info.name)
+    if len(table.packs) > max(1, count):
+        raise LimitExceeded(f"{name}: more packs than chunks")
+    rows = Rows(table)
+    compressed = int(np.count_nonzero(rows.codec != codec.RAW))
+    if len(table.stored_hashes) != compressed * HASH_BYTES or not np.isin(rows.codec, (codec.RAW, codec.ZSTD)).all():
+        raise FormatError(f"{name}: an unknown codec, or hashes missing")
+    if count == 0:
+        return
+    if int(rows.pack.max()) >= len(table.packs):
+        raise FormatError(f"{name}: names a pack it does not list")
+    # zstd never makes a chunk larger than this; anything more is not ours.
+    if int(rows.length.min()) == 0 or int(rows.length.max()) > chunk_bytes + chunk_bytes // 128 + 1024:
+        raise FormatError(f"{name}: a chunk of impossible length")
+    sizes = np.array([info.size for info in table.packs], dtype=np.uint64)
+    ends = rows.offset + rows.length
+    if bool((ends < rows.offset).any()) or bool((ends > sizes[rows.pack]).any()):
+        raise FormatError(f"{name}: a chunk that is not inside its pack")
+
+
+class PartInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part as named by the index."""
+
+    node: Count
+    digest: str
+    size: Count
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The root of a snapshot; its own digest is in the COMMIT decision."""
+
+    attempt: str
+    step: Count
+    layout: str
+    """Digest."""
+    layout_bytes: Count
+    """Size of the layout object."""
+    parts: list[PartInfo]
+    """Sorted by node; one for each node."""
+    bytes: Count
+    """Logical bytes: tensors and values."""
+    stored_bytes: Count
+    """Bytes this attempt added to the packs."""
+    environment: dict[str, Any]
+    """Software and hardware at the save; for people."""
+
+
+def decode_index(data: bytes, digest: str, attempt: str) -> Index:
+    """The index of ``attempt`` whose stored bytes have ``digest``; ``FormatError`` otherwise."""
+    name = names.index(attempt)
+    if document.digest(data) != digest:
+        raise FormatError(f"{name}: damaged: its bytes do not have the digest its COMMIT names")
+    index: Index = document.unseal(data, Index, name)
+    if index.attempt != attempt:
+        raise FormatError(f"{name}: belongs to attempt {index.attempt}")
+    if [info.node for info in index.parts] != list(range(len(index.parts))):
+        raise FormatError(f"{name}: its parts are not those of nodes 0, 1, ...")
+    if not all(document.is_digest(text) for text in (index.layout, *(info.digest for info in index.parts))):
+        raise FormatError(f"{name}: a digest that is none")
+    if max((info.size for info in index.parts), default=0) > document.TABLE_BYTES_MAX:
+        raise LimitExceeded(f"{name}: a part of more than {document.TABLE_BYTES_MAX} bytes")
+    return index
