@@ -3,7 +3,7 @@
     FastckptError
       SaveError            SnapshotExists, RankFailed, CommitTimeout, AttemptAborted, AnotherWriter
       RestoreError         SnapshotNotFound, SnapshotDamaged, StateMismatch
-      FormatError          UnsupportedVersion, LimitExceeded
+      FormatError          RepositoryNotFound, UnsupportedVersion, LimitExceeded
       StorageError         ObjectExists, ObjectNotFound, OutOfSpace
       TopologyError
 
@@ -96,6 +96,10 @@ class StateMismatch(RestoreError):
 
 class FormatError(FastckptError):
     """Bytes that are not a fastckpt object, or break its rules."""
+
+
+class RepositoryNotFound(FormatError):
+    """There is no fastckpt repository at the URL."""
 
 
 class UnsupportedVersion(FormatError):

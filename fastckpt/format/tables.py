@@ -131,8 +131,11 @@ class Chunks:
     def raw_bytes(self, pieces: Sequence[Piece]) -> int:
         """Raw bytes of a chunk that holds ``pieces``."""
         last = pieces[-1]
-        size = item_bytes(self.layout.dtypes[self.layout.shard_keys[last.shard]])
-        return last.byte + (last.stop - last.start) * size
+        return last.byte + (last.stop - last.start) * self.item_bytes(last.shard)
+
+    def item_bytes(self, shard: int) -> int:
+        """Bytes an element of a shard."""
+        return item_bytes(self.layout.dtypes[self.layout.shard_keys[shard]])
 
     def writer(self, chunk: int) -> tuple[int, int]:
         """The rank that wrote a chunk, and the row of its table."""

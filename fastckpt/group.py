@@ -1,0 +1,301 @@
+"""The ranks that save together, and the one thing they do: exchange.
+
+An exchange has a leader. Every member posts some bytes or an error; the leader looks at all of them and answers; every
+member gets the answer or the error. Exchanges nest, so that ranks speak to their node's leader and leaders to the
+coordinator. No collectives: exchanges run on any thread, over a key-value store that is the group's own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from fastckpt import errors
+from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SaveError
+
+log = logging.getLogger("fastckpt")
+
+Reply: TypeAlias = bytes | BaseException
+"""What a member posts: bytes, or the error that kept it from having some."""
+Decide: TypeAlias = Callable[[dict[int, Reply]], bytes]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """Until when an exchange waits, on ``time.monotonic()``."""
+
+    replies: float
+    answer: float
+    """Later than ``replies``, so that the leader's answer, which names the missing, still arrives."""
+
+
+class Group(Protocol):
+    """The ranks of a job as one of them sees it. Any thread may call ``exchange``."""
+
+    rank: int
+    size: int
+    nodes: tuple[int, ...]
+    """For each rank its node; nodes are numbered 0, 1, ... by their lowest rank."""
+
+    def exchange(
+        self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
+    ) -> bytes:
+        """Posts ``reply`` under ``name``, which the members use once; returns what the leader's ``decide`` returned.
+
+        ``members`` is sorted and holds this rank; the first is the leader, on which ``decide`` gets every member's
+        reply by rank. What ``decide`` raises is raised on all members. The leader waits until ``until.replies`` and
+        then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that has no answer by
+        ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
+        """
+
+
+class SoloGroup:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+    nodes = (0,)
+
+    def exchange(
+        self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
+    ) -> bytes:
+        return decide({0: reply})
+
+
+class KeyValue(Protocol):
+    """The key-value store of a job. Any thread may call; no call may block much longer than it is told to."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str, seconds: float) -> bytes | None:
+        """The value, waiting for it up to ``seconds``; None if it did not come."""
+
+    def delete(self, keys: Sequence[str]) -> None: ...
+
+
+class KeyValueGroup:
+    """A group over a key-value store."""
+
+    def __init__(self, kv: KeyValue, rank: int, size: int, prefix: str, node: str, seconds_max: float) -> None:
+        """All ranks construct theirs with the same ``prefix``; ``node`` is equal on ranks of the same node and only
+        there. Waits for all of them, up to ``seconds_max``; ``CommitTimeout`` names those that did not come."""
+        self._kv = kv
+        self._prefix = prefix
+        self.rank = rank
+        self.size = size
+        everyone = range(size)
+        answer = self.exchange(
+            "nodes",
+            node.encode(),
+            lambda replies: msgspec.msgpack.encode(_number_nodes(checked(replies))),
+            members=everyone,
+            until=Deadline(time.monotonic() + seconds_max, time.monotonic() + seconds_max + 2),
+            what="all ranks to create their Checkpointer",
+        )
+        self.nodes: tuple[int, ...] = tuple(msgspec.msgpack.decode(answer, type=list[int]))
+
+    def exchange(
+        self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
+    ) -> bytes:
+        leader = members[0]
+        base = f"{self._prefix}/{name}/{leader}"
+        if self.rank != leader:
+            # The answer is the last use of this member's keys: it deletes its own reply and, being asked to, nothing
+            # else; the leader's answer is counted down by whoever reads it.
+            self._kv.set(f"{base}/reply/{self.rank}", encode_reply(reply))
+            answer = self._get(f"{base}/answer/{self.rank}", until.answer)
+            self._kv.delete([f"{base}/reply/{self.rank}", f"{base}/answer/{self.rank}"])
+            if answer is None:
+                raise CommitTimeout(
+                    f"rank {self.rank} had no answer from rank {leader} while waiting for {what}", [leader]
+                )
+            return _raise_or_return(decode_reply(answer))
+        replies: dict[int, Reply] = {leader: reply}
+        for member in members[1:]:
+            data = self._get(f"{base}/reply/{member}", until.replies)
+            if data is None:
+                replies[member] = CommitTimeout(f"rank {member} was not heard of while waiting for {what}", [member])
+            else:
+                replies[member] = decode_reply(data)
+        outcome: Reply
+        try:
+            outcome = decide(replies)
+        except Exception as error:
+            outcome = error
+        data = encode_reply(outcome)
+        for member in members[1:]:
+            self._kv.set(f"{base}/answer/{member}", data)
+        return _raise_or_return(outcome)
+
+    def _get(self, key: str, deadline: float) -> bytes | None:
+        return self._kv.get(key, max(0.0, deadline - time.monotonic()))
+
+
+def _raise_or_return(reply: Reply) -> bytes:
+    if isinstance(reply, BaseException):
+        raise reply
+    return reply
+
+
+def _number_nodes(identities: Mapping[int, bytes]) -> list[int]:
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(identities[rank], len(numbers)) for rank in sorted(identities)]
+
+
+def checked(replies: Mapping[int, Reply]) -> dict[int, bytes]:
+    """The replies if all are bytes; otherwise the error that tells what went wrong, naming the ranks."""
+    failures = {rank: reply for rank, reply in sorted(replies.items()) if isinstance(reply, BaseException)}
+    if failures:
+        raise combined(failures)
+    return {rank: reply for rank, reply in replies.items() if isinstance(reply, bytes)}
+
+
+def combined(failures: Mapping[int, BaseException]) -> FastckptError:
+    """One error for many ranks: ``CommitTimeout`` if the only thing wrong is that some are missing."""
+    missing = [error for error in failures.values() if isinstance(error, CommitTimeout)]
+    if len(missing) == len(failures):
+        ranks = sorted({rank for error in missing for rank in error.missing_ranks})
+        return CommitTimeout(f"{missing[0]} (missing: {_ranks(ranks)})", ranks)
+    real = {rank: error for rank, error in failures.items() if not isinstance(error, CommitTimeout)} or dict(failures)
+    # A RankFailed from a node's leader names the ranks that truly failed; it is not a failure of the leader.
+    named: dict[int, BaseException] = {}
+    for rank, error in real.items():
+        named.update(error.failures if isinstance(error, RankFailed) and error.failures else {rank: error})
+    text = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in sorted(named.items())[:8])
+    more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
+    return RankFailed(f"{_ranks(sorted(named))} failed: {text}{more}", named)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:16]) + (", ..." if len(ranks) > 16 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How ranks speak to the coordinator: each to the leader of its node, leaders to rank 0."""
+
+    group: Group
+
+    @property
+    def node_ranks(self) -> list[int]:
+        """The ranks of this rank's node."""
+        group = self.group
+        return [rank for rank, node in enumerate(group.nodes) if node == group.nodes[group.rank]]
+
+    @property
+    def leaders(self) -> list[int]:
+        """The lowest rank of each node, in order of node."""
+        firsts: dict[int, int] = {}
+        for rank, node in enumerate(self.group.nodes):
+            firsts.setdefault(node, rank)
+        return [firsts[node] for node in sorted(firsts)]
+
+    def ask(
+        self,
+        name: str,
+        reply: Reply,
+        decide: Callable[[dict[int, bytes]], bytes],
+        *,
+        seconds: float,
+        what: str,
+    ) -> bytes:
+        """Gathers every rank's reply at the coordinator, through the node leaders; ``decide`` sees all of them by rank.
+        Returns its answer on every rank. If any rank posted an error or stayed away, every rank raises that."""
+        return self.ask_in_two(
+            name, reply, lambda replies: encode_many(checked(replies)), _joined(decide), seconds, what
+        )
+
+    def ask_in_two(
+        self,
+        name: str,
+        reply: Reply,
+        at_leader: Decide,
+        at_coordinator: Decide,
+        seconds: float,
+        what: str,
+    ) -> bytes:
+        """Like ``ask``, but each node's leader turns its node's replies into one line of its own, and the coordinator
+        sees one line a node, by leader. Both get errors in place of replies, and raise (``checked``) to report them."""
+        end = time.monotonic() + seconds
+
+        def up(replies: dict[int, Reply]) -> bytes:
+            line: Reply
+            try:
+                line = at_leader(replies)
+            except Exception as error:
+                line = error
+            return self.group.exchange(
+                f"{name}/top",
+                line,
+                at_coordinator,
+                members=self.leaders,
+                until=Deadline(end + 1.0, end + 2.5),
+                what=what,
+            )
+
+        # Each level waits a little longer than the one below, whose error, naming the missing ranks, it is to see.
+        until = Deadline(end, end + 4.0)
+        return self.group.exchange(f"{name}/node", reply, up, members=self.node_ranks, until=until, what=what)
+
+
+def _joined(decide: Callable[[dict[int, bytes]], bytes]) -> Decide:
+    def at_coordinator(lines: dict[int, Reply]) -> bytes:
+        return decide({rank: reply for line in checked(lines).values() for rank, reply in decode_many(line).items()})
+
+    return at_coordinator
+
+
+def encode_many(replies: Mapping[int, bytes]) -> bytes:
+    return msgspec.msgpack.encode(dict(replies))
+
+
+def decode_many(data: bytes) -> dict[int, bytes]:
+    return msgspec.msgpack.decode(data, type=dict[int, bytes])
+
+
+class _Wire(msgspec.Struct, array_like=True):
+    data: bytes | None
+    error: str = ""
+    message: str = ""
+    ranks: list[int] = []
+    failures: list[tuple[int, str, str]] = []
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """A reply as bytes. Errors travel as name and message, rebuilt from a closed table: no pickle."""
+    if isinstance(reply, bytes):
+        return msgspec.msgpack.encode(_Wire(reply))
+    ranks = list(reply.missing_ranks) if isinstance(reply, CommitTimeout) else []
+    failures = reply.failures if isinstance(reply, RankFailed) else {}
+    return msgspec.msgpack.encode(
+        _Wire(
+            None, type(reply).__name__, str(reply), ranks, [(r, type(e).__name__, str(e)) for r, e in failures.items()]
+        )
+    )
+
+
+def decode_reply(data: bytes) -> Reply:
+    wire = msgspec.msgpack.decode(data, type=_Wire)
+    if wire.data is not None:
+        return wire.data
+    if wire.error == "CommitTimeout":
+        return CommitTimeout(wire.message, wire.ranks)
+    if wire.error == "RankFailed":
+        return RankFailed(wire.message, {rank: _rebuilt(name, text) for rank, name, text in wire.failures})
+    return _rebuilt(wire.error, wire.message)
+
+
+def _rebuilt(name: str, message: str) -> BaseException:
+    kind = getattr(errors, name, None) or (
+        getattr(builtins, name, None) if name in ("ValueError", "TypeError") else None
+    )
+    if isinstance(kind, type) and issubclass(kind, FastckptError | ValueError | TypeError):
+        return kind(message)
+    return SaveError(f"{name}: {message}")

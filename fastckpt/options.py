@@ -1,0 +1,52 @@
+"""Every knob, in one place. A knob exists because two of its values are each best somewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+CHUNK_BYTES_MIN = 4 * 1024
+CHUNK_BYTES_MAX = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a ``Checkpointer`` works. The defaults suit a training job on a local or parallel file system."""
+
+    chunk_bytes: int | None = None
+    """Unit of hash and reuse: a power of two from 4 KiB to 64 MiB, fixed when a repository is created. None chooses
+    the smallest from 4 MiB on that keeps the snapshot far below 10^7 chunks. Below 4 MiB only for small states."""
+    codec: Literal["raw", "zstd"] = "raw"
+    """How chunks are stored. zstd trades CPU for space; dense float32 training shrinks by a tenth at most. A chunk that
+    does not shrink is stored raw either way."""
+    fence: Literal["hook", "explicit", "copy"] = "hook"
+    """What keeps the optimizer from changing parameters while they are staged. "hook": every ``Optimizer.step`` waits.
+    "explicit": you call ``wait_staged`` before it. "copy": ``save`` itself waits until everything is staged."""
+    fence_seconds_max: float = 60.0
+    """A fence that takes longer gives up the attempt and lets training go on."""
+    staging_bytes_max: int | None = None
+    """Host memory for staging, in bytes. None: the smaller of this rank's share of the snapshot and a quarter of the
+    available memory divided by the ranks of the node. Smaller budgets stream, which holds the fence longer."""
+    copy: tuple[str, ...] = ()
+    """Globs of keys to copy before ``save`` returns: tensors that something other than ``Optimizer.step`` changes."""
+    commit_seconds_max: float = 600.0
+    """Longest wait for other ranks, in a save or a restore, before it fails and names those that are missing."""
+    record_hosts: bool = False
+    """Put host names into the environment record of each snapshot."""
+
+    def __post_init__(self) -> None:
+        size = self.chunk_bytes
+        if size is not None and not (CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX and size.bit_count() == 1):
+            raise ValueError(f"Options.chunk_bytes={size} is not a power of two from 4 KiB to 64 MiB")
+        if self.codec not in ("raw", "zstd"):
+            raise ValueError(f"Options.codec={self.codec!r} is not 'raw' or 'zstd'")
+        if self.fence not in ("hook", "explicit", "copy"):
+            raise ValueError(f"Options.fence={self.fence!r} is not 'hook', 'explicit' or 'copy'")
+        for name in ("fence_seconds_max", "commit_seconds_max"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Options.{name}={getattr(self, name)} is not positive")
+        if self.staging_bytes_max is not None and self.staging_bytes_max <= 0:
+            raise ValueError(f"Options.staging_bytes_max={self.staging_bytes_max} is not positive")
+        globs: object = self.copy  # a bare string is the likely mistake, and is itself made of strings
+        if not isinstance(globs, tuple | list) or not all(isinstance(glob, str) for glob in globs):
+            raise ValueError(f"Options.copy={self.copy!r} is not a tuple of globs")

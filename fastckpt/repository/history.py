@@ -1,0 +1,243 @@
+"""The repository's serial history of decisions: numbered, each created once, never rewritten.
+
+It is the one commit protocol, for files and object stores alike. The rules:
+
+* Decision n + 1 carries the digest of decision n. Appending is create-if-absent of the next number; whoever loses the
+  race reads what is there and checks again whether its own entry is still legal.
+* OPEN: a job starts writing. Its number is part of the writer's id, and so of every attempt and pack of that writer.
+* COMMIT of an attempt is legal only if no OPEN later than its writer's own exists (so zombies and second jobs are
+  fenced), and if the attempt was not ABORTed. A snapshot exists if and only if a COMMIT names it.
+* ABORT of an attempt is legal under the same rule; it lets its writer delete what the attempt wrote.
+* After its OPEN, a writer may delete what uncommitted attempts of writers with a *smaller* number left behind: they can
+  never commit any more. It may not touch writers with a larger number: those have fenced it.
+* Decisions carry the list of live snapshots, or the number of the last decision that does; the list is repeated often
+  enough that opening reads few decisions, and seldom enough that the history stays small.
+
+No clocks, no locks, no leases: a writer may be paused for a year at any point.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from fastckpt.errors import (
+    AnotherWriter,
+    AttemptAborted,
+    FormatError,
+    ObjectNotFound,
+    SnapshotDamaged,
+    StorageError,
+)
+from fastckpt.format import document, names
+from fastckpt.format.decision import Abort, Commit, Decision, Live, Open, decode_decision
+from fastckpt.storage.store import Store
+
+_Entry = TypeVar("_Entry", Open, Commit, Abort)
+_RACES_MAX = 1000
+_DECISION_BYTES_MAX = document.DOCUMENT_BYTES_MAX + 66
+
+
+def now() -> str:
+    """The time as decisions show it to people; no rule reads it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class History:
+    """The decisions of one repository as far as they have been read. One thread at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.number = 0
+        """Of the newest decision read; 0 before the first."""
+        self._digest = ""
+        self._live: list[Live] = []
+        self._live_at = 0
+        self._open_number = 0
+        self._aborted: set[str] = set()
+
+    @property
+    def live(self) -> list[Live]:
+        """Live snapshots, oldest COMMIT first."""
+        return list(self._live)
+
+    def load(self) -> None:
+        """Reads from the last list of live snapshots to the end. ``SnapshotDamaged`` naming the decision if one is
+        damaged or missing, or breaks a rule."""
+        numbers = sorted(names.decision_number(child) for child in self._store.children("decisions"))
+        if numbers != list(range(1, len(numbers) + 1)):
+            gap = next((n for n, have in enumerate(numbers, 1) if n != have), len(numbers) + 1)
+            raise SnapshotDamaged(
+                f"{self._store.url}: {names.decision(gap)} is missing from the history", object=names.decision(gap)
+            )
+        if not numbers:
+            return
+        newest, _ = self._read(numbers[-1])
+        first, data = self._read(newest.live_at) if newest.live_at else (None, b"")
+        if first is None or first.live is None:
+            raise self._damaged(newest.number, "points to no list of live snapshots")
+        self.number, self._digest = first.number, document.digest(data)
+        self._live, self._live_at = list(first.live), first.number
+        self._open_number = names.writer_open_number(first.writer)
+        self.refresh()
+
+    def refresh(self) -> list[Decision]:
+        """Reads the decisions appended since, checks them, and returns them."""
+        fresh: list[Decision] = []
+        while True:
+            try:
+                entry, data = self._read(self.number + 1)
+            except ObjectNotFound:
+                return fresh
+            self._follow(entry, data)
+            fresh.append(entry)
+
+    def read_all(self) -> list[Decision]:
+        """Every decision from the first, with the whole chain checked; for ``verify``."""
+        whole = History(self._store)
+        entries = whole.refresh()
+        self.load()
+        if whole.number != self.number or whole._digest != self._digest or whole._live != self._live:
+            raise self._damaged(self.number, "does not follow from the history before it")
+        return entries
+
+    def append_open(self) -> str:
+        """Appends OPEN and returns the new writer's id. Every earlier writer is fenced from then on."""
+        nonce = secrets.token_hex(8)
+        entry = self._append(
+            lambda number: Open(
+                number=number,
+                previous=self._digest,
+                writer=names.writer(number, nonce),
+                created=now(),
+                live=None,
+                live_at=0,
+            )
+        )
+        return entry.writer
+
+    def append_commit(self, writer: str, snapshot: Callable[[int], Live]) -> Commit:
+        """Appends COMMIT; ``snapshot`` is given the decision's number. ``AnotherWriter`` or ``AttemptAborted`` if it
+        is not legal (any more). After any other error the outcome is unknown: ``committed`` tells."""
+
+        def entry(number: int) -> Commit:
+            new = snapshot(number)
+            self._check_legal(writer, new.attempt)
+            return Commit(
+                number=number,
+                previous=self._digest,
+                writer=writer,
+                created=new.created,
+                live=None,
+                live_at=0,
+                snapshot=new,
+            )
+
+        return self._append(entry)
+
+    def append_abort(self, writer: str, attempt: str) -> None:
+        """Appends ABORT, unless the attempt is committed or aborted already. ``AnotherWriter`` once fenced."""
+
+        def entry(number: int) -> Abort:
+            self._check_legal(writer, attempt)
+            return Abort(
+                number=number,
+                previous=self._digest,
+                writer=writer,
+                created=now(),
+                live=None,
+                live_at=0,
+                attempt=attempt,
+            )
+
+        self.refresh()
+        if attempt not in self._aborted and not self.committed(attempt):
+            self._append(entry)
+
+    def committed(self, attempt: str) -> bool:
+        """Whether a COMMIT of ``attempt`` is among the decisions read."""
+        return any(snapshot.attempt == attempt for snapshot in self._live)
+
+    def aborted(self, attempt: str) -> bool:
+        """Whether an ABORT of ``attempt`` is among the decisions read."""
+        return attempt in self._aborted
+
+    def fenced(self, writer: str) -> bool:
+        """Whether a later OPEN than the writer's own is among the decisions read."""
+        return names.writer_open_number(writer) < self._open_number
+
+    def _check_legal(self, writer: str, attempt: str) -> None:
+        if self.fenced(writer):
+            raise AnotherWriter(
+                f"{self._store.url}: a later job has opened this repository (decision {self._open_number}); "
+                f"attempt {attempt} of this one can never be committed. Stop one of the two jobs"
+            )
+        if attempt in self._aborted:
+            raise AttemptAborted(f"{self._store.url}: attempt {attempt} was aborted")
+
+    def _append(self, make: Callable[[int], _Entry]) -> _Entry:
+        for _ in range(_RACES_MAX):
+            self.refresh()
+            entry = self._with_live(make(self.number + 1))
+            data = document.seal(entry)
+            failure: StorageError | None = None
+            try:
+                self._store.create(names.decision(entry.number), data)
+            except StorageError as error:
+                # Taken, or the outcome is unknown: only the object itself can tell.
+                failure = error
+            try:
+                written = self._store.read(names.decision(entry.number), size_max=_DECISION_BYTES_MAX)
+            except ObjectNotFound:
+                raise failure or StorageError(
+                    f"{self._store.url}: {names.decision(entry.number)} is gone after it was created"
+                ) from None
+            if written == data:
+                self._follow(entry, data)
+                return entry
+        raise StorageError(f"{self._store.url}: lost {_RACES_MAX} races for the next decision in a row", transient=True)
+
+    def _with_live(self, entry: _Entry) -> _Entry:
+        live = [*self._live, entry.snapshot] if isinstance(entry, Commit) else self._live
+        if entry.number - self._live_at > len(live) // 16 or not self._live_at:
+            return msgspec.structs.replace(entry, live=live, live_at=entry.number)
+        return msgspec.structs.replace(entry, live=None, live_at=self._live_at)
+
+    def _read(self, number: int) -> tuple[Decision, bytes]:
+        name = names.decision(number)
+        data = self._store.read(name, size_max=_DECISION_BYTES_MAX)
+        try:
+            return decode_decision(data, number), data
+        except FormatError as error:
+            raise SnapshotDamaged(f"{self._store.url}: {error}", object=name) from error
+
+    def _follow(self, entry: Decision, data: bytes) -> None:
+        """Takes in the next decision, holding it to the rules its writer was held to."""
+        if entry.previous != self._digest:
+            raise self._damaged(entry.number, "does not carry the digest of the decision before it")
+        if isinstance(entry, Open):
+            self._open_number = entry.number
+        elif self.fenced(entry.writer):
+            raise self._damaged(entry.number, "was appended by a writer that was fenced")
+        if isinstance(entry, Commit):
+            snapshot = entry.snapshot
+            if names.attempt_writer(snapshot.attempt) != entry.writer or snapshot.decision != entry.number:
+                raise self._damaged(entry.number, "commits an attempt of another writer, or under another number")
+            if snapshot.attempt in self._aborted or self.committed(snapshot.attempt):
+                raise self._damaged(entry.number, f"commits attempt {snapshot.attempt}, aborted or committed before")
+            self._live.append(snapshot)
+        if isinstance(entry, Abort):
+            self._aborted.add(entry.attempt)
+        if entry.live is not None and entry.live != self._live:
+            raise self._damaged(entry.number, "lists live snapshots that do not follow from the history")
+        if entry.live is None and entry.live_at != self._live_at:
+            raise self._damaged(entry.number, "points to a list of live snapshots that is not the newest")
+        self.number, self._digest, self._live_at = entry.number, document.digest(data), entry.live_at
+
+    def _damaged(self, number: int, what: str) -> SnapshotDamaged:
+        name = names.decision(number)
+        return SnapshotDamaged(f"{self._store.url}: {name} {what}", object=name)

@@ -1,0 +1,400 @@
+"""Reading a snapshot: metadata on demand, then chunks. Every byte is verified before anyone sees it.
+
+for each pack, in order of offset:  read neighbouring chunks at once -> hash -> decode -> place in the sinks
+"""
+
+from __future__ import annotations
+
+import builtins
+import concurrent.futures
+import fnmatch
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt.buffers import Sink
+from fastckpt.errors import (
+    FormatError,
+    ObjectNotFound,
+    SnapshotDamaged,
+    SnapshotNotFound,
+    StorageError,
+)
+from fastckpt.format import codec, document, names, value
+from fastckpt.format.chunk import chunk_hash
+from fastckpt.format.decision import Live
+from fastckpt.format.dtype import item_bytes
+from fastckpt.format.shard import Box
+from fastckpt.format.tables import (
+    SHARED,
+    ChunkPlace,
+    Chunks,
+    Index,
+    Layout,
+    Part,
+    RankTable,
+    Rows,
+    decode_index,
+    decode_layout,
+    decode_part,
+)
+from fastckpt.plan.restore_plan import ChunkRead, Want, plan_reads, regions
+from fastckpt.storage.store import Store
+from fastckpt.trace import Trace
+
+READ_BYTES_MAX = 16 * 1024 * 1024
+"""Neighbouring chunks are read together up to this many bytes."""
+READ_THREADS = 4
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Chunks that lie back to back in one pack."""
+
+    pack: str
+    offset: int
+    length: int
+    chunks: tuple[tuple[ChunkRead, ChunkPlace], ...]
+
+
+class Snapshot:
+    """One committed snapshot. Any thread may use it; metadata is read from the store when first needed."""
+
+    def __init__(self, store: Store, live: Live) -> None:
+        self._store = store
+        self._live = live
+        self._lock = threading.RLock()
+        self._index: Index | None = None
+        self._chunks: Chunks | None = None
+        self._parts: dict[int, Part] = {}
+        self._rows: dict[int, Rows] = {}
+
+    def __repr__(self) -> str:
+        return f"Snapshot(step={self.step}, bytes={self.bytes}, created={self.created!r})"
+
+    @property
+    def step(self) -> int:
+        return self._live.step
+
+    @property
+    def attempt(self) -> str:
+        """The id of the attempt that became this snapshot."""
+        return self._live.attempt
+
+    @property
+    def created(self) -> str:
+        """When it was committed: RFC 3339, UTC, by the coordinator's clock."""
+        return self._live.created
+
+    @property
+    def bytes(self) -> int:
+        """Logical bytes of all tensors and values."""
+        return self._live.bytes
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(self._live.metrics)
+
+    @property
+    def note(self) -> str:
+        return self._live.note
+
+    @property
+    def live(self) -> Live:
+        """The entry of this snapshot in the history."""
+        return self._live
+
+    # Metadata, from the root down; each object is checked against the digest that names it.
+
+    @property
+    def index(self) -> Index:
+        with self._lock:
+            if self._index is None:
+                name = names.index(self.attempt)
+                data = self._metadata(name, document.DOCUMENT_BYTES_MAX + 66)
+                self._index = self._undamaged(name, lambda: decode_index(data, self._live.index, self.attempt))
+            return self._index
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The record of software and hardware at the save."""
+        return self.index.environment
+
+    @property
+    def chunks(self) -> Chunks:
+        with self._lock:
+            if self._chunks is None:
+                digest, name = self.index.layout, names.layout(self.index.layout)
+                data = self._metadata(name, document.TABLE_BYTES_MAX)
+                layout = self._undamaged(name, lambda: decode_layout(data, digest))
+                if max(layout.rank_nodes, default=-1) + 1 != len(self.index.parts):
+                    raise SnapshotDamaged(f"{name}: has not as many nodes as the index has parts", object=name)
+                self._chunks = Chunks(layout)
+            return self._chunks
+
+    @property
+    def layout(self) -> Layout:
+        return self.chunks.layout
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job that saved it."""
+        return len(self.layout.rank_nodes)
+
+    def part(self, node: int) -> Part:
+        with self._lock:
+            if node not in self._parts:
+                info, name = self.index.parts[node], names.part(self.attempt, node)
+                data = self._metadata(name, info.size)
+                self._parts[node] = self._undamaged(
+                    name, lambda: decode_part(data, info, self.attempt, self.layout, self.index.layout, self.chunks)
+                )
+            return self._parts[node]
+
+    def table(self, rank: int) -> RankTable:
+        node = self.layout.rank_nodes[rank]
+        return next(table for table in self.part(node).tables if table.rank == rank)
+
+    def place(self, chunk: int) -> ChunkPlace:
+        """Where a chunk lies."""
+        rank, row = self.chunks.writer(chunk)
+        with self._lock:
+            if rank not in self._rows:
+                self._rows[rank] = Rows(self.table(rank))
+            return self._rows[rank].place(row)
+
+    def check(self) -> None:
+        """Reads all metadata and compares the size of every pack; raises ``SnapshotDamaged`` or ``StorageError``."""
+        for node in range(len(self.index.parts)):
+            for info in (info for table in self.part(node).tables for info in table.packs):
+                try:
+                    size = self._store.size(info.name)
+                except ObjectNotFound as error:
+                    raise SnapshotDamaged(f"{info.name}: missing", object=info.name) from error
+                if size != info.size:
+                    raise SnapshotDamaged(
+                        f"{info.name}: has {size} bytes where {info.size} were written", object=info.name, offset=size
+                    )
+        for rank in range(self.world_size):
+            self.value_digests(rank)
+
+    def _metadata(self, name: str, size_max: int) -> builtins.bytes:
+        try:
+            return self._store.read(name, size_max=size_max)
+        except ObjectNotFound as error:
+            raise SnapshotDamaged(f"step {self.step}: {name} is missing", object=name) from error
+
+    def _undamaged(self, name: str, decode: Callable[[], Any]) -> Any:
+        try:
+            return decode()
+        except FormatError as error:
+            raise SnapshotDamaged(f"step {self.step}: {error}", object=name) from error
+
+    # Values.
+
+    def value_digests(self, rank: int) -> dict[str, str]:
+        """The digest of every per-rank value of a rank, by name."""
+        return {name: digest.hex() for name, digest in self.table(rank).values.items()}
+
+    def value(self, name: str, rank: int = 0) -> object:
+        """A plain value as one rank saved it. Tensors in it are ``fastckpt.format.value`` leaves. ``KeyError`` if that
+        rank saved none of this name."""
+        digest = self.table(rank).values[name]
+        for node in dict.fromkeys((self.layout.rank_nodes[rank], 0)):
+            for blob in self.part(node).blobs:
+                if chunk_hash(blob) == digest:
+                    return self._undamaged(names.part(self.attempt, node), functools.partial(value.decode, blob))
+        part = names.part(self.attempt, self.layout.rank_nodes[rank])
+        raise SnapshotDamaged(
+            f"step {self.step}: {part} does not hold value {name!r} of rank {rank}", key=name, object=part
+        )
+
+    # Tensors.
+
+    def keys(self) -> list[str]:
+        """The keys of all tensors, sorted; a tensor that is one rank's own reads ``key@rank``."""
+        return [self.layout.label(number) for number in range(len(self.layout.keys))]
+
+    def key_number(self, key: str, owner: int = SHARED) -> int | None:
+        """The number of a key in the layout, or None."""
+        with self._lock:
+            if not hasattr(self, "_key_numbers"):
+                identities = zip(self.layout.keys, self.layout.owners, strict=True)
+                self._key_numbers = {identity: number for number, identity in enumerate(identities)}
+            return self._key_numbers.get((key, owner))
+
+    def read(self, key: str, index: tuple[slice, ...] | slice | None = None) -> npt.NDArray[Any]:
+        """A tensor, or a part of it, as a numpy array; reads and verifies only the chunks that hold it.
+
+        ``index`` has at most one slice a dimension; negative bounds count from the end, steps are not allowed. bfloat16
+        and float8 come as ``ml_dtypes``. ``KeyError`` for an unknown key, ``SnapshotDamaged`` if the bytes are not what
+        was saved.
+        """
+        label, _, owner = key.rpartition("@")
+        number = self.key_number(key)
+        if number is None and label and owner.isdigit():
+            number = self.key_number(label, int(owner))
+        if number is None:
+            near = [name for name in self.keys() if fnmatch.fnmatch(name, f"*{key.split('.')[-1]}*")][:5]
+            raise KeyError(f"no tensor {key!r} in step {self.step}; similar: {', '.join(near) or 'none'}")
+        shape, dtype = self.layout.shapes[number], self.layout.dtypes[number]
+        box = _box(shape, index)
+        array = np.empty((*box.sizes, item_bytes(dtype)), np.uint8)
+        self.read_into([Want(number, box, 0)] if box.elements else [], [ArraySink(box, array)])
+        return array.reshape(-1).view(numpy_dtype(dtype)).reshape(box.sizes)
+
+    def read_into(self, wants: Sequence[Want], sinks: Sequence[Sink], trace: Trace | None = None) -> None:
+        """Reads what is wanted and places it; ``Want.target`` is a position in ``sinks``. Each chunk is read once.
+
+        ``SnapshotDamaged`` naming key, shard, object and offset: no byte of the damaged chunk reached a sink, but
+        others may have. Memory: ``READ_THREADS`` buffers of ``READ_BYTES_MAX`` (or one chunk, if larger).
+        """
+        trace = trace or Trace()
+        runs = self._runs(plan_reads(self.chunks, wants))
+        with concurrent.futures.ThreadPoolExecutor(READ_THREADS, "fastckpt-read") as executor:
+            futures = [executor.submit(self._read_run, run, sinks, trace) for run in runs]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _runs(self, reads: Iterable[ChunkRead]) -> list[_Run]:
+        placed = sorted(
+            ((read, self.place(read.chunk)) for read in reads), key=lambda item: (item[1].pack, item[1].offset)
+        )
+        runs: list[_Run] = []
+        for read, place in placed:
+            if runs:
+                last = runs[-1]
+                length = last.length + place.length
+                if last.pack == place.pack and last.offset + last.length == place.offset and length <= READ_BYTES_MAX:
+                    runs[-1] = _Run(last.pack, last.offset, length, (*last.chunks, (read, place)))
+                    continue
+            runs.append(_Run(place.pack, place.offset, place.length, ((read, place),)))
+        return runs
+
+    def _read_run(self, run: _Run, sinks: Sequence[Sink], trace: Trace) -> None:
+        buffer = memoryview(bytearray(run.length))
+        with trace.span("read", run.length):
+            self._fetch(run, buffer)
+        for read, place in run.chunks:
+            start = place.offset - run.offset
+            raw = self.verified(read, place, buffer[start : start + place.length])
+            with trace.span("place", len(raw)):
+                self._deliver(read, raw, sinks)
+
+    def _fetch(self, run: _Run, buffer: memoryview) -> None:
+        try:
+            self._store.read_into(run.pack, run.offset, buffer)
+        except ObjectNotFound as error:
+            read, place = run.chunks[0]
+            raise self._damage(read, place, "is missing") from error
+        except StorageError as error:
+            if error.transient:
+                raise
+            read, place = run.chunks[0]
+            raise self._damage(read, place, f"cannot be read ({error})") from error
+
+    def verified(self, read: ChunkRead, place: ChunkPlace, stored: memoryview) -> memoryview:
+        """The raw bytes of a chunk from its stored ones; ``SnapshotDamaged`` unless they are what was saved."""
+        if place.codec == codec.RAW:
+            if place.length != read.raw_bytes or chunk_hash(stored) != place.hash:
+                raise self._damage(read, place, "has other bytes than were saved")
+            return stored
+        if chunk_hash(stored) != place.stored_hash:
+            raise self._damage(read, place, "has other bytes than were saved")
+        try:
+            raw = codec.decode_zstd(stored, read.raw_bytes, place.pack)
+        except FormatError as error:
+            raise self._damage(read, place, str(error)) from error
+        if chunk_hash(raw) != place.hash:
+            raise self._damage(read, place, "decodes to other bytes than were saved")
+        return memoryview(raw)
+
+    def _damage(self, read: ChunkRead, place: ChunkPlace, what: str) -> SnapshotDamaged:
+        shard = read.deliveries[0].piece.shard
+        key, box = self.layout.label(self.layout.shard_keys[shard]), str(self.layout.box(shard))
+        return SnapshotDamaged(
+            f"step {self.step}: {key} {box}: {place.pack} {what} at offset {place.offset} ({place.length} bytes). "
+            "Nothing of it was used. Restore an earlier step, or run `fastckpt verify` to see what else is damaged",
+            key=key,
+            shard=box,
+            object=place.pack,
+            offset=place.offset,
+        )
+
+    def _deliver(self, read: ChunkRead, raw: memoryview, sinks: Sequence[Sink]) -> None:
+        for delivery in read.deliveries:
+            piece = delivery.piece
+            shard = self.layout.box(piece.shard)
+            size = item_bytes(self.layout.dtypes[self.layout.shard_keys[piece.shard]])
+            for region, run, at in regions(shard, piece, delivery.box):
+                start = piece.byte + at * size
+                data = raw[start : start + run.elements * size]
+                if region != run:
+                    elements = np.frombuffer(data, np.dtype((np.void, size))).reshape(run.sizes)
+                    cut = np.ascontiguousarray(elements[region.relative_to(run).slices()])
+                    data = memoryview(cut.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+                sinks[delivery.target].place(region.offsets, region.sizes, data)
+
+
+class ArraySink:
+    """Places into an array of bytes whose shape is that of a box, then the bytes of an element."""
+
+    def __init__(self, box: Box, array: npt.NDArray[np.uint8]) -> None:
+        self._box = box
+        self._array = array
+
+    def place(self, offsets: tuple[int, ...], sizes: tuple[int, ...], data: memoryview) -> None:
+        target = self._array[Box(offsets, sizes).relative_to(self._box).slices()]
+        target[...] = np.frombuffer(data, np.uint8).reshape(target.shape)
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype of a tensor dtype; those numpy does not know come from ``ml_dtypes``, else as raw bytes."""
+    if dtype in np.sctypeDict:
+        return np.dtype(dtype)
+    import ml_dtypes  # takes a tenth of a second, and most commands never need it
+
+    if hasattr(ml_dtypes, dtype):
+        extension: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype))
+        return extension
+    if dtype == "complex32":
+        return np.dtype([("real", np.float16), ("imag", np.float16)])
+    return np.dtype(f"u{item_bytes(dtype)}")
+
+
+def _box(shape: Sequence[int], index: tuple[slice, ...] | slice | None) -> Box:
+    slices = () if index is None else index if isinstance(index, tuple) else (index,)
+    if len(slices) > len(shape):
+        raise IndexError(f"{len(slices)} slices for a tensor of {len(shape)} dimensions")
+    bounds = [piece.indices(size) for piece, size in itertools.zip_longest(slices, shape, fillvalue=slice(None))]  # type: ignore[arg-type]
+    if any(step != 1 for _, _, step in bounds):
+        raise IndexError("slices with a step are not supported")
+    return Box(tuple(low for low, _, _ in bounds), tuple(max(0, high - low) for low, high, _ in bounds))
+
+
+def newest(snapshots: Sequence[Snapshot]) -> dict[int, Snapshot]:
+    """The snapshots by step: where a step was committed more than once, the last one."""
+    return {snapshot.step: snapshot for snapshot in snapshots}
+
+
+def find(snapshots: Sequence[Snapshot], step: int | None, url: str) -> Snapshot:
+    """The snapshot of a step, or the last one. ``SnapshotNotFound`` naming what there is."""
+    by_step: Mapping[int, Snapshot] = newest(snapshots)
+    if not snapshots:
+        raise SnapshotNotFound(f"{url}: holds no snapshot yet")
+    if step is None:
+        return snapshots[-1]
+    if step not in by_step:
+        steps = ", ".join(str(known) for known in list(by_step)[-10:])
+        raise SnapshotNotFound(f"{url}: no snapshot of step {step}; the newest are {steps}")
+    return by_step[step]

@@ -1,0 +1,129 @@
+"""The repository: FORMAT, the history of decisions, and the snapshots they name."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+
+from fastckpt.errors import (
+    FastckptError,
+    FormatError,
+    LimitExceeded,
+    ObjectExists,
+    ObjectNotFound,
+    RepositoryNotFound,
+    SnapshotDamaged,
+    StorageError,
+    UnsupportedVersion,
+)
+from fastckpt.format import document, names
+from fastckpt.format.decision import VERSION, Format, decode_format
+from fastckpt.repository.history import History, now
+from fastckpt.repository.reader import Snapshot, find, newest
+from fastckpt.storage.open import open_store
+from fastckpt.storage.store import Store
+
+log = logging.getLogger("fastckpt")
+
+_FORMAT_BYTES_MAX = 64 * 1024
+
+
+class Repository:
+    """A repository as found in a store. Any thread may read; ``history`` belongs to one thread at a time."""
+
+    def __init__(self, store: Store) -> None:
+        """``FormatError`` if the store holds no repository, ``UnsupportedVersion`` if it holds a newer one."""
+        self.store = store
+        try:
+            data = store.read(names.FORMAT, size_max=_FORMAT_BYTES_MAX)
+        except ObjectNotFound:
+            raise _no_repository(store) from None
+        try:
+            self.format: Format = decode_format(data)
+        except (UnsupportedVersion, LimitExceeded) as error:
+            raise type(error)(f"{store.url}: {error}") from error
+        except FormatError as error:
+            raise SnapshotDamaged(f"{store.url}: {error}", object=names.FORMAT) from error
+        self.history = History(store)
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def snapshots(self) -> list[Snapshot]:
+        """All live snapshots as of now, oldest COMMIT first. The last one is the latest, whatever its step; where a
+        step was committed twice, the later counts for that step."""
+        self._read_history()
+        return [Snapshot(self.store, live) for live in self.history.live]
+
+    def snapshot(self, step: int | None = None) -> Snapshot:
+        """The snapshot of ``step``, or the latest. ``SnapshotNotFound`` naming the steps there are."""
+        return find(self.snapshots(), step, self.url)
+
+    def choose(self, step: int | None, has_what_is_asked: Callable[[Snapshot], bool]) -> Snapshot | None:
+        """The snapshot to restore. An explicit step is exact. Otherwise the last one that has what is asked for and
+        whose metadata checks out; newer ones passed over are named in the log with the reason. None if the repository
+        holds no snapshot at all. If there are some but none will do, the last one's error is raised."""
+        snapshots = self.snapshots()
+        if step is not None:
+            chosen = find(snapshots, step, self.url)
+            chosen.check()
+            return chosen
+        first_error: FastckptError | None = None
+        by_step = newest(snapshots)
+        for snapshot in reversed(snapshots):
+            if by_step[snapshot.step] is not snapshot:
+                continue
+            try:
+                snapshot.check()
+                if has_what_is_asked(snapshot):
+                    return snapshot
+                reason = "it has not all that is asked for"
+            except StorageError:
+                raise  # says nothing about the snapshot, and falling back would lose training without need
+            except FastckptError as error:
+                first_error, reason = first_error or error, str(error)
+            log.warning("%s: passing over step %d: %s", self.url, snapshot.step, reason)
+        if first_error:
+            raise first_error
+        # All are whole but none has everything: let the caller's plan say what is missing from the last one.
+        return snapshots[-1] if snapshots else None
+
+    def _read_history(self) -> None:
+        if self.history.number:
+            self.history.refresh()
+        else:
+            self.history.load()
+
+
+def exists(store: Store) -> bool:
+    """Whether the store holds a repository. ``FormatError`` if it holds something else."""
+    try:
+        store.size(names.FORMAT)
+    except ObjectNotFound:
+        if next(iter(store.children("")), None) is not None:
+            raise _no_repository(store) from None
+        return False
+    return True
+
+
+def create(store: Store, chunk_bytes: int) -> Repository:
+    """The repository in the store, made now unless it is there already (then with the chunk size it has)."""
+    if not exists(store):
+        header = Format(version=VERSION, features=[], id=secrets.token_hex(16), chunk_bytes=chunk_bytes, created=now())
+        with contextlib.suppress(ObjectExists):  # another job was first; its FORMAT holds
+            store.create(names.FORMAT, document.seal(header))
+    return Repository(store)
+
+
+def open(url: str) -> Repository:  # noqa: A001 - the public name is fastckpt.open
+    """Opens a repository for reading, without torch. ``FormatError`` if there is none at ``url``."""
+    return Repository(open_store(url))
+
+
+def _no_repository(store: Store) -> RepositoryNotFound:
+    children = [child for child, _ in zip(store.children(""), range(4), strict=False)]
+    found = f"it holds {', '.join(children)}, but no FORMAT object" if children else "there is nothing there"
+    return RepositoryNotFound(f"{store.url}: not a fastckpt repository: {found}")

@@ -1,0 +1,326 @@
+"""Writing a snapshot: chunks into packs, packs into parts, parts into an index, the index into the history.
+
+Order is everything: packs, then parts, then layout and index, then the decision; each durable before the next begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastckpt.errors import AnotherWriter, FormatError, ObjectExists, SaveError, StorageError
+from fastckpt.format import codec, document, names, pack
+from fastckpt.format.chunk import HASH_BYTES, chunk_hash
+from fastckpt.format.decision import Live
+from fastckpt.format.tables import Index, PackInfo, Part, PartInfo, RankTable
+from fastckpt.repository.history import History, now
+from fastckpt.storage.store import ObjectWriter, Store
+from fastckpt.trace import Trace
+
+log = logging.getLogger("fastckpt")
+
+PACK_BYTES_MAX = 1024 * 1024 * 1024
+"""A stream starts a new pack when the current one would grow beyond this."""
+
+
+class ChunkWriter:
+    """The packs of one rank in one attempt, and the table of what is in them."""
+
+    def __init__(self, store: Store, attempt: str, rank: int, chunk_count: int, codec_name: str, trace: Trace) -> None:
+        self._store = store
+        self._attempt = attempt
+        self._rank = rank
+        self._codec = codec.CODECS[codec_name]
+        self._trace = trace
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._packs: list[PackInfo] = []
+        self._streams: list[PackStream] = []
+        # Rows are written by whichever stream has the chunk, each once.
+        self._pack = np.zeros(chunk_count, "<u4")
+        self._offset = np.zeros(chunk_count, "<u8")
+        self._length = np.zeros(chunk_count, "<u4")
+        self._codecs = np.zeros(chunk_count, "u1")
+        self._hashes = np.zeros((chunk_count, HASH_BYTES), "u1")
+        self._stored: dict[int, bytes] = {}
+
+    def stream(self) -> PackStream:
+        """A new stream of packs; each is used by one thread."""
+        stream = PackStream(self)
+        with self._lock:
+            self._streams.append(stream)
+        return stream
+
+    def table(self, values: Mapping[str, bytes]) -> RankTable:
+        """The rank's table, once every stream is closed. ``values`` are digests by name."""
+        with self._lock:
+            order = sorted(range(len(self._packs)), key=lambda position: self._packs[position].name)
+            renumbered = np.argsort(np.array(order, "<u4")).astype("<u4")
+            return RankTable(
+                rank=self._rank,
+                packs=[self._packs[position] for position in order],
+                pack=renumbered[self._pack].tobytes() if order else b"",
+                offset=self._offset.tobytes(),
+                length=self._length.tobytes(),
+                codec=self._codecs.tobytes(),
+                hashes=self._hashes.tobytes(),
+                stored_hashes=b"".join(self._stored[row] for row in sorted(self._stored)),
+                values=dict(values),
+            )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the finished packs."""
+        with self._lock:
+            return sum(info.size for info in self._packs)
+
+    def abandon(self) -> None:
+        """Gives up what is still being written. Finished packs stay until the attempt is known to be aborted."""
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.abandon()
+
+    def delete(self) -> None:
+        """Deletes the finished packs. Only for an attempt whose ABORT is in the history."""
+        with self._lock:
+            packs = list(self._packs)
+        for info in packs:
+            with contextlib.suppress(StorageError):  # the next OPEN tries again
+                self._store.delete(info.name)
+
+
+class PackStream:
+    """A sequence of packs written by one thread. After an error only ``abandon`` may follow."""
+
+    def __init__(self, writer: ChunkWriter) -> None:
+        self._writer = writer
+        self._object: ObjectWriter | None = None
+
+    def write(self, row: int, raw: memoryview) -> None:
+        """Hashes, encodes and appends one chunk, and enters it in ``row`` of the table."""
+        writer = self._writer
+        with writer._trace.span("hash", len(raw)):
+            chunk_id = chunk_hash(raw)
+        stored: bytes | memoryview = raw
+        kind = codec.RAW
+        if writer._codec == codec.ZSTD:
+            with writer._trace.span("codec", len(raw)):
+                frame = codec.encode_zstd(raw)
+            if len(frame) < len(raw):  # what does not shrink is stored as it is
+                stored, kind = frame, codec.ZSTD
+        if self._object is not None and self._bytes + len(stored) > PACK_BYTES_MAX:
+            self.close()
+        with writer._trace.span("write", len(stored)):
+            if self._object is None:
+                self._begin()
+            assert self._object is not None
+            offset = self._object.append(stored)
+        writer._pack[row] = self._position
+        writer._offset[row] = offset
+        writer._length[row] = len(stored)
+        writer._codecs[row] = kind
+        writer._hashes[row] = np.frombuffer(chunk_id, "u1")
+        if kind != codec.RAW:
+            writer._stored[row] = chunk_hash(stored)
+        self._bytes += len(stored)
+        self._lengths.append(len(stored))
+        self._kinds.append(kind)
+        self._ids.append(chunk_id)
+
+    def close(self) -> None:
+        """Closes the current pack, if any, with its footer and makes it durable."""
+        if self._object is None:
+            return
+        writer = self._writer
+        footer = pack.Footer(
+            attempt=writer._attempt,
+            writer=writer._rank,
+            number=self._number,
+            lengths=np.array(self._lengths, "<u4").tobytes(),
+            codecs=bytes(self._kinds),
+            hashes=b"".join(self._ids),
+        )
+        with writer._trace.span("sync"):
+            self._object.append(pack.encode_footer(footer))
+            size = self._object.finish()
+        self._object = None
+        with writer._lock:
+            writer._packs[self._position] = PackInfo(self._name, size)
+
+    def abandon(self) -> None:
+        if self._object is not None:
+            self._object.abandon()
+
+    def _begin(self) -> None:
+        writer = self._writer
+        self._number = next(writer._numbers)
+        self._name = names.pack(writer._attempt, writer._rank, self._number)
+        self._object = writer._store.write(self._name)
+        self._bytes = 0
+        self._lengths: list[int] = []
+        self._kinds: list[int] = []
+        self._ids: list[bytes] = []
+        with writer._lock:
+            self._position = len(writer._packs)
+            writer._packs.append(PackInfo(self._name, 0))
+
+
+def write_part(
+    store: Store, attempt: str, node: int, layout_digest: str, tables: Sequence[RankTable], blobs: Iterable[bytes]
+) -> PartInfo:
+    """Writes the part of a node, durably, and returns what the index says of it."""
+    part = Part(
+        attempt=attempt,
+        node=node,
+        layout=layout_digest,
+        tables=sorted(tables, key=lambda table: table.rank),
+        blobs=list(blobs),
+    )
+    data = document.pack_table(part)
+    store.create(names.part(attempt, node), data)
+    return PartInfo(node, document.digest(data), len(data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a snapshot is made of, at the moment of its commit."""
+
+    attempt: str
+    step: int
+    layout: bytes
+    """The layout object."""
+    parts: Sequence[PartInfo]
+    bytes: int
+    stored_bytes: int
+    environment: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    note: str
+
+
+class Committer:
+    """The one who appends decisions for a job: its coordinator. Any thread may call; calls wait for each other."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._history = History(store)
+        self._lock = threading.RLock()
+        self._counter = 0
+        self.writer = ""
+        """The id of this writer once it is open."""
+
+    def open(self) -> None:
+        """Appends OPEN: from now on no earlier writer can commit."""
+        with self._lock:
+            self._history.load()
+            self.writer = self._history.append_open()
+
+    def next_attempt(self) -> str:
+        """An attempt id that was never used."""
+        with self._lock:
+            self._counter += 1
+            return names.attempt(self.writer, self._counter)
+
+    def commit(self, contents: Contents) -> Live:
+        """Makes the attempt a snapshot; its packs and parts are durable already. Raises what made it impossible, and
+        then the attempt is aborted if the store still answers."""
+        with self._lock:
+            layout_digest = self._create_layout(contents.layout)
+            index = Index(
+                attempt=contents.attempt,
+                step=contents.step,
+                layout=layout_digest,
+                layout_bytes=len(contents.layout),
+                parts=sorted(contents.parts, key=lambda info: info.node),
+                bytes=contents.bytes,
+                stored_bytes=contents.stored_bytes,
+                environment=dict(contents.environment),
+            )
+            data = document.seal(index)
+            self._store.create(names.index(contents.attempt), data)
+            return self._decide(contents, document.digest(data))
+
+    def _decide(self, contents: Contents, index_digest: str) -> Live:
+        commit = self._history.append_commit(
+            self.writer,
+            lambda number: Live(
+                step=contents.step,
+                attempt=contents.attempt,
+                decision=number,
+                created=now(),
+                bytes=contents.bytes,
+                index=index_digest,
+                metrics=dict(contents.metrics),
+                note=contents.note,
+            ),
+        )
+        return commit.snapshot
+
+    def abort(self, attempt: str) -> None:
+        """Appends ABORT, so that the attempt's packs can be deleted; a fenced writer's need none."""
+        with self._lock, contextlib.suppress(AnotherWriter):
+            self._history.append_abort(self.writer, attempt)
+
+    def clean(self) -> int:
+        """Deletes what uncommitted attempts of earlier writers left behind; returns the number of objects deleted.
+
+        Safe at any time after ``open``: those attempts can never commit, and later writers' are left alone.
+        """
+        with self._lock:
+            self._history.refresh()
+            own = names.writer_open_number(self.writer)
+            committed = {snapshot.attempt for snapshot in self._history.live}
+        deleted = 0
+        for folder in ("packs", "attempts"):
+            for child in list(self._store.children(folder)):
+                try:
+                    opened = names.writer_open_number(names.attempt_writer(child))
+                except FormatError:
+                    continue  # not ours to judge
+                if opened >= own or child in committed:
+                    continue
+                for info in list(self._store.list(f"{folder}/{child}")):
+                    self._store.delete(info.name)
+                    deleted += 1
+        return deleted
+
+    def _create_layout(self, data: bytes) -> str:
+        digest = document.digest(data)
+        name = names.layout(digest)
+        try:
+            self._store.create(name, data)
+        except ObjectExists:
+            # Written by an earlier snapshot. A damaged one must not become part of this snapshot too.
+            if self._store.read(name, size_max=document.TABLE_BYTES_MAX + 1024) != data:
+                raise SaveError(
+                    f"{self._store.url}: {name} is damaged, and every snapshot of this layout needs it; "
+                    "run `fastckpt verify --all`, and save to a new repository"
+                ) from None
+        return digest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an attempt, as the history tells."""
+
+    committed: Live | None
+    aborted: bool
+
+
+def outcome(store: Store, attempt: str) -> Outcome:
+    """Reads the history to learn what became of an attempt."""
+    history = History(store)
+    history.load()
+    live = next((snapshot for snapshot in history.live if snapshot.attempt == attempt), None)
+    # ABORTs before the last list of live snapshots are not read by load(): look for them only when it matters.
+    if live is None and not history.aborted(attempt):
+        history = History(store)
+        history.refresh()
+    return Outcome(live, history.aborted(attempt))

@@ -1,0 +1,438 @@
+"""The save flow. Read this first.
+
+    agree    the ranks agree on the attempt, the layout, and that what they take to be equal is equal
+    write    tensor -> pool buffer -> hash -> codec -> pack, chunk by chunk, in a bounded pool
+    commit   each node's part, then the index, then the decision; or, on every rank, the error that prevented it
+
+``Saves`` is what a rank remembers from one save to the next. All of it runs on whatever thread the caller chose: on
+the caller's own the first time and when the layout changes, behind the training loop otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from fastckpt.buffers import Pool, Slot, Source
+from fastckpt.errors import FastckptError, RankFailed, SaveError
+from fastckpt.format import document
+from fastckpt.format.chunk import chunk_hash
+from fastckpt.format.decision import Live
+from fastckpt.format.shard import Box
+from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
+from fastckpt.group import Assembly, Group, Reply, checked
+from fastckpt.options import Options
+from fastckpt.plan.save_plan import (
+    Agreement,
+    Comparison,
+    RankOffer,
+    auto_chunk_bytes,
+    offered_bytes,
+    plan_save,
+)
+from fastckpt.repository import repository
+from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
+from fastckpt.storage.store import Store
+from fastckpt.trace import Trace
+
+log = logging.getLogger("fastckpt")
+
+STREAMS = 2
+"""Threads a rank that hash and write, each into packs of its own."""
+
+
+class Offered(Protocol):
+    """What a rank has to save, as the job describes it."""
+
+    offer: RankOffer
+    digest: bytes
+    """Of ``offer``: tells whether the layout may have changed."""
+    values: Mapping[str, bytes]
+    """Encoded per-rank values by name."""
+
+    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
+        """For each of these keys held here (None: all that are not known to be equal), a digest of sampled content."""
+
+    def source(self, key: str, box: Box) -> Source:
+        """The bytes of a box this rank offered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """A layout the ranks have agreed on."""
+
+    digest: str
+    data: bytes
+    """The layout object."""
+    chunks: Chunks
+    comparisons: tuple[Comparison, ...]
+    mine: tuple[tuple[int, tuple[Piece, ...]], ...]
+    """What this rank writes: for each row of its table the pieces of the chunk."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.chunks.layout
+
+    @property
+    def mine_bytes(self) -> int:
+        return sum(self.chunks.raw_bytes(pieces) for _, pieces in self.mine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at saving one step, from agreement on."""
+
+    id: str
+    step: int
+    agreed: Agreed
+    common: frozenset[bytes]
+    """Digests of the values the coordinator holds: equal ones are stored once, by its node."""
+
+
+@dataclass(kw_only=True)
+class Labels:
+    """What is stored beside the tensors."""
+
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+class _Hello(msgspec.Struct, array_like=True, frozen=True):
+    step: int
+    offered: bytes
+    compared: dict[int, bytes]
+    """For each comparison this rank takes part in, a digest over its keys."""
+
+
+class _Full(msgspec.Struct, array_like=True, frozen=True):
+    offer: RankOffer
+    digests: dict[str, bytes]
+
+
+class _Go(msgspec.Struct, array_like=True, frozen=True):
+    attempt: str
+    agreement: Agreement | None
+    common: list[bytes]
+
+
+class _Written(msgspec.Struct, array_like=True, frozen=True):
+    table: RankTable
+    blobs: list[bytes]
+    raw_bytes: int
+    stored_bytes: int
+
+
+class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
+    part: PartInfo
+    raw_bytes: int
+    stored_bytes: int
+    layout: str
+
+
+class Saves:
+    """The saves of one rank to one repository. Calls come one after another, from any thread."""
+
+    def __init__(self, store: Store, group: Group, options: Options) -> None:
+        self._store = store
+        self._assembly = Assembly(group)
+        self._rank = group.rank
+        self._nodes = group.nodes
+        self._options = options
+        self._count = 0
+        self._offered = b""
+        self._agreed: Agreed | None = None
+        # The coordinator's side.
+        self._committer: Committer | None = None
+        self._offers: dict[int, bytes] = {}
+
+    def expects(self, offered: Offered) -> bool:
+        """Whether this rank offers what it offered last time, so that the layout agreed on may still hold."""
+        return self._agreed is not None and offered.digest == self._offered
+
+    def agree(self, step: int, offered: Offered | BaseException) -> Attempt:
+        """Agrees with all ranks on the attempt. An error in place of the offer makes every rank raise.
+
+        ``ValueError`` if ranks hold different things under one key or save different steps.
+        """
+        self._count += 1
+        hello: Reply
+        if isinstance(offered, BaseException):
+            hello = offered
+        else:
+            hello = msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered)))
+        values = {} if isinstance(offered, BaseException) else {chunk_hash(blob) for blob in offered.values.values()}
+        answer = self._ask("hello", hello, lambda replies: self._on_hello(replies, sorted(values)))
+        if isinstance(offered, BaseException):
+            raise offered
+        if not answer:
+            try:
+                full: Reply = msgspec.msgpack.encode(_Full(offered.offer, offered.sampled(None)))
+            except Exception as error:
+                full = error
+            answer = self._ask("offers", full, lambda replies: self._on_offers(replies, sorted(values)))
+        go = msgspec.msgpack.decode(answer, type=_Go)
+        if go.agreement is not None:
+            self._agreed = _agreed(go.agreement, self._rank)
+            self._offered = offered.digest
+        assert self._agreed is not None
+        return Attempt(id=go.attempt, step=step, agreed=self._agreed, common=frozenset(go.common))
+
+    def _ask(self, name: str, reply: Reply, decide: Callable[[dict[int, bytes]], bytes]) -> bytes:
+        return self._assembly.ask(
+            f"save-{self._count}/{name}",
+            reply,
+            decide,
+            seconds=self._options.commit_seconds_max,
+            what="all ranks to call save",
+        )
+
+    def _compared(self, offered: Offered) -> dict[int, bytes]:
+        if not self.expects(offered) or self._agreed is None:
+            return {}
+        digests: dict[int, bytes] = {}
+        for number, comparison in enumerate(self._agreed.comparisons):
+            if self._rank in comparison.ranks:
+                sampled = offered.sampled(comparison.keys)
+                digests[number] = chunk_hash(b"".join(sampled[key] for key in comparison.keys))
+        return digests
+
+    def _on_hello(self, replies: dict[int, bytes], common: list[bytes]) -> bytes:
+        """Coordinator: goes ahead if everything is as it was; an empty answer asks everyone for the whole offer."""
+        hellos = {rank: msgspec.msgpack.decode(data, type=_Hello) for rank, data in replies.items()}
+        steps = {hello.step for hello in hellos.values()}
+        if len(steps) > 1:
+            by_rank = ", ".join(f"rank {rank}: {hello.step}" for rank, hello in sorted(hellos.items())[:8])
+            raise ValueError(f"ranks save different steps at the same time: {by_rank}")
+        unchanged = self._agreed is not None and self._offers == {rank: h.offered for rank, h in hellos.items()}
+        for number in range(len(self._agreed.comparisons) if self._agreed else 0):
+            unchanged = unchanged and len({h.compared[number] for h in hellos.values() if number in h.compared}) <= 1
+        if not unchanged or self._committer is None:
+            return b""
+        return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), None, common))
+
+    def _on_offers(self, replies: dict[int, bytes], common: list[bytes]) -> bytes:
+        """Coordinator: plans, and opens the repository for writing if this is the first save."""
+        fulls = {rank: msgspec.msgpack.decode(data, type=_Full) for rank, data in replies.items()}
+        offers = {rank: full.offer for rank, full in fulls.items()}
+        chunk_bytes = self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers))
+        digests = {rank: full.digests for rank, full in fulls.items()}
+        if self._committer is None:
+            plan_save(
+                offers, digests, self._nodes, chunk_bytes
+            )  # refuses what cannot be saved, before anything is made
+            self._chunk_bytes = repository.create(self._store, chunk_bytes).format.chunk_bytes
+            committer = Committer(self._store)
+            committer.open()
+            self._committer = committer
+        layout, comparisons = plan_save(offers, digests, self._nodes, self._chunk_bytes)
+        self._offers = {rank: offer_digest(offer) for rank, offer in offers.items()}
+        agreement = Agreement(document.pack_table(layout), comparisons)
+        return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), agreement, common))
+
+    def clean(self) -> None:
+        """Coordinator: removes what dead attempts of earlier jobs left behind. Elsewhere, nothing."""
+        if self._committer is not None:
+            deleted = self._committer.clean()
+            if deleted:
+                log.info("%s: removed %d objects of attempts that were never committed", self._store.url, deleted)
+
+    def write(
+        self, attempt: Attempt, offered: Offered, pool: Pool, trace: Trace, on_staged: Callable[[], None]
+    ) -> ChunkWriter:
+        """Stages and writes this rank's chunks; its packs are durable on return. ``on_staged`` is called once the last
+        live tensor has been read. Raises what failed, with nothing staged or open left."""
+        agreed = attempt.agreed
+        layout = agreed.layout
+        writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
+        sources = {
+            piece.shard: offered.source(layout.keys[layout.shard_keys[piece.shard]], layout.box(piece.shard))
+            for _, pieces in agreed.mine
+            for piece in pieces
+        }
+        staged: queue.SimpleQueue[tuple[int, Slot, int] | None] = queue.SimpleQueue()
+        failures: list[BaseException] = []
+        threads = [
+            threading.Thread(
+                target=_write_stream, args=(writer, staged, pool, failures), name=f"fastckpt-write-{n}", daemon=True
+            )
+            for n in range(min(STREAMS, len(agreed.mine)))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for row, (_, pieces) in enumerate(agreed.mine):
+                size = agreed.chunks.raw_bytes(pieces)
+                slot = pool.take()
+                try:
+                    with trace.span("stage", size):
+                        _fill(slot.view, pieces, sources, agreed.chunks)
+                except BaseException:
+                    pool.give(slot)
+                    raise
+                staged.put((row, slot, size))
+            on_staged()
+        except BaseException as error:
+            failures.append(error)
+        for _ in threads:
+            staged.put(None)
+        for thread in threads:
+            thread.join()
+        if failures:
+            writer.abandon()
+            # A stream's failure cancels the pool, which then fails the staging too: the first one is the cause.
+            raise failures[0]
+        return writer
+
+    def commit(
+        self,
+        attempt: Attempt,
+        written: ChunkWriter | BaseException,
+        values: Mapping[str, bytes],
+        labels: Labels,
+        trace: Trace,
+    ) -> Live:
+        """Commits the attempt if every rank has written its share; every rank returns the same or raises."""
+        reply: Reply
+        if isinstance(written, BaseException):
+            reply = written
+        else:
+            reply = msgspec.msgpack.encode(self._written(attempt, written, values))
+        try:
+            with trace.span("commit"):
+                answer = self._assembly.ask_in_two(
+                    f"save-{self._count}/commit",
+                    reply,
+                    lambda replies: self._on_written(attempt, replies),
+                    lambda lines: self._on_lines(attempt, lines, labels),
+                    self._options.commit_seconds_max,
+                    f"all ranks to write step {attempt.step}",
+                )
+            return msgspec.msgpack.decode(answer, type=Live)
+        except Exception as error:
+            live = self._learn_outcome(attempt, written)
+            if live is not None:
+                return live
+            # On the rank that failed its own error is the cause; alone, it is the error.
+            if isinstance(written, BaseException) and isinstance(error, RankFailed):
+                if len(self._nodes) == 1:
+                    raise written from None
+                raise error from written
+            raise
+
+    def _written(self, attempt: Attempt, written: ChunkWriter, values: Mapping[str, bytes]) -> _Written:
+        digests = {name: chunk_hash(blob) for name, blob in values.items()}
+        blobs = {digests[name]: blob for name, blob in values.items()}
+        if self._rank != 0:
+            blobs = {digest: blob for digest, blob in blobs.items() if digest not in attempt.common}
+        raw_bytes = attempt.agreed.mine_bytes + sum(len(blob) for blob in blobs.values())
+        return _Written(written.table(digests), list(blobs.values()), raw_bytes, written.stored_bytes)
+
+    def _on_written(self, attempt: Attempt, replies: dict[int, Reply]) -> bytes:
+        """Node leader: one part and one line for all ranks of the node."""
+        ranks = [msgspec.msgpack.decode(data, type=_Written) for _, data in sorted(checked(replies).items())]
+        blobs = {chunk_hash(blob): blob for written in ranks for blob in written.blobs}
+        part = write_part(
+            self._store,
+            attempt.id,
+            self._nodes[self._rank],
+            attempt.agreed.digest,
+            [written.table for written in ranks],
+            blobs.values(),
+        )
+        raw, stored = sum(written.raw_bytes for written in ranks), sum(written.stored_bytes for written in ranks)
+        return msgspec.msgpack.encode(_NodeLine(part, raw, stored, attempt.agreed.digest))
+
+    def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels) -> bytes:
+        """Coordinator: the commit. Whatever prevents it aborts the attempt."""
+        assert self._committer is not None
+        try:
+            parts = [msgspec.msgpack.decode(data, type=_NodeLine) for _, data in sorted(checked(lines).items())]
+            if any(line.layout != attempt.agreed.digest for line in parts):
+                raise SaveError(f"step {attempt.step}: nodes wrote by different layouts")
+            live = self._committer.commit(
+                Contents(
+                    attempt=attempt.id,
+                    step=attempt.step,
+                    layout=attempt.agreed.data,
+                    parts=[line.part for line in parts],
+                    bytes=sum(line.raw_bytes for line in parts),
+                    stored_bytes=sum(line.stored_bytes for line in parts),
+                    environment=labels.environment,
+                    metrics=labels.metrics,
+                    note=labels.note,
+                )
+            )
+        except Exception as error:
+            try:
+                self._committer.abort(attempt.id)
+            except FastckptError as second:
+                error.add_note(f"aborting the attempt failed too: {second}")
+            raise
+        return msgspec.msgpack.encode(live)
+
+    def _learn_outcome(self, attempt: Attempt, written: ChunkWriter | BaseException) -> Live | None:
+        """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them."""
+        try:
+            result = outcome(self._store, attempt.id)
+        except FastckptError:
+            return None
+        if result.aborted and isinstance(written, ChunkWriter):
+            written.delete()
+        return result.committed
+
+
+def offer_digest(offer: RankOffer) -> bytes:
+    """What ``Offered.digest`` must be."""
+    return chunk_hash(msgspec.msgpack.encode(offer))
+
+
+def _agreed(agreement: Agreement, rank: int) -> Agreed:
+    digest = document.digest(agreement.layout)
+    chunks = Chunks(decode_layout(agreement.layout, digest))
+    return Agreed(
+        digest=digest,
+        data=agreement.layout,
+        chunks=chunks,
+        comparisons=tuple(agreement.comparisons),
+        mine=tuple((chunk, tuple(pieces)) for chunk, pieces in chunks.of_rank(rank)),
+    )
+
+
+def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Source], chunks: Chunks) -> None:
+    for piece in pieces:
+        size = chunks.item_bytes(piece.shard)
+        start = piece.start * size
+        sources[piece.shard].fill(start, view[piece.byte : piece.byte + (piece.stop - piece.start) * size])
+
+
+def _write_stream(
+    writer: ChunkWriter,
+    staged: queue.SimpleQueue[tuple[int, Slot, int] | None],
+    pool: Pool,
+    failures: list[BaseException],
+) -> None:
+    """Hashes and writes what is staged until told to stop. After a failure, only gives the slots back."""
+    stream = writer.stream()
+    while (item := staged.get()) is not None:
+        row, slot, size = item
+        try:
+            if not failures:
+                with slot.view[:size] as raw:
+                    stream.write(row, raw)
+        except BaseException as error:
+            failures.append(error)
+            pool.cancel()
+        finally:
+            pool.give(slot)
+    try:
+        if not failures:
+            stream.close()
+    except BaseException as error:
+        failures.append(error)
