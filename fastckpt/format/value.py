@@ -30,19 +30,19 @@ what follows. `n`, `rank` and `sizes` are ints that are not negative, `data[x]` 
     "torch_device"   name                         str token: a type, or a type, a colon and an index
     "reference"      key                          str token: the key of a tensor stored among the snapshot's tensors
 
-`dtype` is a str token from the table of tensor dtypes; elements lie in C order, little-endian. Keys of dicts and members
-of sets are of the kinds that have no list, dict, ordered_dict, counter, deque, set, array, tensor or reference in them.
-Members of a set are ordered by their encodings (each as if it were a whole value), compared as byte strings.
+`dtype` is a str token from the table of tensor dtypes; elements lie in C order, little-endian. Keys of dicts and
+members of sets have no list, dict, ordered_dict, counter, deque, set, array, tensor or reference in them. Members of a
+set are ordered by their encodings (each as if it were a whole value), compared as byte strings.
 
 A reader refuses: anything msgpack does not write in its shortest form (and float 32); a token array with a missing or
-left-over token; left-over data; an unknown tag, dtype or device; equal keys or members; members out of order; a rank above
-64 (32 for numpy's); sizes whose product, zeros counted as ones, does not fit 63 bits of bytes. Limits: 10,000,000 tokens;
-32 containers inside each other.
+left-over token; left-over data; an unknown tag, dtype or device; equal keys or members; members out of order; a rank
+above 64 (32 for numpy's); sizes whose product, zeros counted as ones, times the item bytes is above 2^63 - 1.
+Limits: 10,000,000 tokens; 32 containers inside each other.
 
 Example: `{"epoch": 3, "seen": {7}, "lr": float32(0.5)}` has the tokens
 `"dict" 3 "str" "epoch" 3 "str" "seen" "set" 1 7 "str" "lr" "scalar" "float32"` and four bytes of data:
 
-    3a00000000000000
+    3700000000000000
     9ea46469637403a3737472a565706f636803a3737472a47365656ea37365740107a3737472a26c72a67363616c6172a7666c6f61743332
     0000003f
 """
@@ -74,9 +74,9 @@ _NUMPY_RANK_MAX = 32  # what numpy 1 can hold
 _LENGTH_BYTES = 8
 _DEVICE = re.compile(r"[a-z][a-z0-9_]{0,31}(:[0-9]{1,5})?")
 
-Token = None | bool | int | float | str
+Token = bool | int | float | str | None
 
-_token_decoder = msgspec.msgpack.Decoder(list[None | bool | int | float | str])
+_token_decoder = msgspec.msgpack.Decoder(list[bool | int | float | str | None])
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ class _Writer:
         if len(self.tokens) > TOKENS_MAX:
             raise ValueError(f"{show_path(self.path)}: a plain value holds at most {TOKENS_MAX} items")
         write = _WRITE.get(type(value))
+        if hashable and type(value) in _UNHASHABLE:
+            raise self.refusal(value)
         if write is not None:
             write(self, value)
         elif isinstance(value, np.generic) and type(value) is value.dtype.type:
             self.scalar(value)
-        elif hashable and type(value) in _UNHASHABLE:
-            raise self.refusal(value)
         elif type(value) is np.ndarray:
             self.array(value)
         elif type(value) in _CONTAINERS:
@@ -364,7 +364,7 @@ def _decode_tokens(packed: memoryview) -> list[Token]:
         raise FormatError(f"plain value: {error}") from None
     if msgspec.msgpack.encode(tokens) != packed:
         raise FormatError("plain value: a token is not in its shortest form")
-    return tokens  # type: ignore[return-value] # mypy holds lists of a union to be invariant
+    return tokens
 
 
 class _Reader:

@@ -29,6 +29,7 @@ from fastckpt.errors import (
     AnotherWriter,
     AttemptAborted,
     FormatError,
+    ObjectExists,
     ObjectNotFound,
     SnapshotDamaged,
     StorageError,
@@ -158,6 +159,11 @@ class History:
         if attempt not in self._aborted and not self.committed(attempt):
             self._append(entry)
 
+    def confirm(self, number: int) -> None:
+        """Makes sure that a decision that was read is durable too; raises ``StorageError`` if that cannot be known."""
+        name = names.decision(number)
+        _settle(self._store, name, self._store.read(name, size_max=_DECISION_BYTES_MAX))
+
     def committed(self, attempt: str) -> bool:
         """Whether a COMMIT of ``attempt`` is among the decisions read."""
         return any(snapshot.attempt == attempt for snapshot in self._live)
@@ -184,19 +190,8 @@ class History:
             self.refresh()
             entry = self._with_live(make(self.number + 1))
             data = document.seal(entry)
-            failure: StorageError | None = None
-            try:
-                self._store.create(names.decision(entry.number), data)
-            except StorageError as error:
-                # Taken, or the outcome is unknown: only the object itself can tell.
-                failure = error
-            try:
-                written = self._store.read(names.decision(entry.number), size_max=_DECISION_BYTES_MAX)
-            except ObjectNotFound:
-                raise failure or StorageError(
-                    f"{self._store.url}: {names.decision(entry.number)} is gone after it was created"
-                ) from None
-            if written == data:
+            name = names.decision(entry.number)
+            if _settle(self._store, name, data):
                 self._follow(entry, data)
                 return entry
         raise StorageError(f"{self._store.url}: lost {_RACES_MAX} races for the next decision in a row", transient=True)
@@ -241,3 +236,21 @@ class History:
     def _damaged(self, number: int, what: str) -> SnapshotDamaged:
         name = names.decision(number)
         return SnapshotDamaged(f"{self._store.url}: {name} {what}", object=name)
+
+
+def _settle(store: Store, name: str, data: bytes) -> bool:
+    """Creates a decision; True if it is there with these bytes, durably, False if others were first.
+
+    A create may be applied and reported as a failure. Creating once more tells: the store's contract makes what
+    ``ObjectExists`` finds as durable as what a successful create left.
+    """
+    try:
+        store.create(name, data)
+    except ObjectExists:
+        return store.read(name, size_max=_DECISION_BYTES_MAX) == data
+    except StorageError:
+        try:
+            store.create(name, data)
+        except ObjectExists:
+            return store.read(name, size_max=_DECISION_BYTES_MAX) == data
+    return True

@@ -323,4 +323,6 @@ def outcome(store: Store, attempt: str) -> Outcome:
     if live is None and not history.aborted(attempt):
         history = History(store)
         history.refresh()
+    if live is not None:
+        history.confirm(live.decision)
     return Outcome(live, history.aborted(attempt))

@@ -1,0 +1,1 @@
+"""Where bytes go. Storage knows names and bytes, nothing else; ``store.py`` is the contract."""

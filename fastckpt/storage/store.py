@@ -38,7 +38,7 @@ class ObjectWriter(Protocol):
     def finish(self) -> int:
         """Makes the object and its name durable, and returns its size. Nothing may be called afterwards.
 
-        After an error the object must not be trusted, finished again or appended to: use another name.
+        After an error the object must not be trusted, finished again or appended to: only ``abandon`` may follow.
         """
 
     def abandon(self) -> None:
@@ -49,7 +49,7 @@ class Store(Protocol):
     """Objects by name. Any thread may call any method at any time.
 
     Names are components joined by ``/``; each is made of ``A-Z a-z 0-9 . _ -``, does not start with a dot and is at
-    most 200 bytes. Anything else is ``ValueError``. No name is ever a directory of another.
+    most 200 bytes. Anything else is ``ValueError``. Callers never make one name the folder of another.
 
     Errors: ``ObjectNotFound``, ``ObjectExists``, ``OutOfSpace``, else ``StorageError`` with the system's reason and the
     object's name. No other exception leaves a store for anything that the outside world did.
@@ -61,18 +61,20 @@ class Store(Protocol):
 
     def create(self, name: str, data: Bytes) -> None:
         """Writes a small object whole, if absent, durably: after return it survives a crash; before, it is there whole
-        or not at all, also for other processes. ``ObjectExists`` if the name is taken, which is then unchanged. After
-        any other error the object may or may not exist: read it back to know."""
+        or not at all, also for other processes. ``ObjectExists`` if the name is taken: what has the name is unchanged,
+        and is as durable as after a create that succeeded. After any other error the object may or may not exist, and
+        may not be durable if it does: create it again to know, and if that says ``ObjectExists``, read it."""
 
     def write(self, name: str) -> ObjectWriter:
         """Starts a large object. ``ObjectExists`` if the name is taken. Until ``finish`` returns, others may see it
         missing, empty, partial or whole, and so may everyone after a crash."""
 
     def read(self, name: str, *, size_max: int) -> bytes:
-        """The whole object. ``StorageError`` if it is larger than ``size_max`` bytes; nothing is allocated for it then."""
+        """The whole object. ``StorageError`` if it is larger than ``size_max`` bytes; nothing is allocated for it."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from ``offset``. A short object is ``StorageError``, never a short read."""
+        """Fills ``buffer`` from ``offset`` (negative: ``ValueError``). A short object is ``StorageError``, never a
+        short read."""
 
     def size(self, name: str) -> int:
         """Bytes of the object; ``ObjectNotFound`` if there is none."""
@@ -82,7 +84,8 @@ class Store(Protocol):
         ``children("a")`` gives ``b`` and ``d``. A prefix without objects gives nothing."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects below ``prefix``, sorted by name. What ``create`` or ``finish`` reported before the call is in it."""
+        """All objects below ``prefix``, sorted by name, without one that has exactly that name. What ``create`` or
+        ``finish`` reported before the call is in it."""
 
     def delete(self, name: str) -> None:
         """Removes the object; absent is no error. Need not be durable: nothing relies on a name being gone."""

@@ -1,0 +1,81 @@
+"""Which boxes of the whole tensor a DTensor's local part holds, and on which ranks: pure functions of its placements."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import _StridedShard, _StridedShardOffsetMode
+
+from fastckpt.format.shard import Box
+
+Run = tuple[int, int, int]
+"""Of one dimension: where a run of indices starts in the local tensor, where in the whole, and how long it is."""
+
+
+def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, torch.Tensor]]:
+    """The boxes this rank holds, each with the view of the local tensor that has its elements; none if it holds none.
+
+    ``ValueError`` naming ``key`` for placements that no box can describe.
+    """
+    for placement in tensor.placements:
+        if isinstance(placement, Partial):
+            raise ValueError(f"{key}: a Partial DTensor holds sums not yet made; redistribute it before saving")
+        if not isinstance(placement, Replicate | ShardPlacement | _StridedShard):
+            raise ValueError(f"{key}: cannot save a DTensor with placement {placement}")
+    local = tensor._local_tensor.detach()
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank is not in the mesh
+        return []
+    sizes = tuple(mesh.size(dim) for dim in range(mesh.ndim))
+    runs = _runs(tuple(tensor.shape), tuple(tensor.placements), sizes, tuple(coordinate))
+    boxes = []
+    for combination in itertools.product(*runs):
+        view = local
+        for dim, (start, _, length) in enumerate(combination):
+            view = view.narrow(dim, start, length)
+        boxes.append((Box(tuple(at for _, at, _ in combination), tuple(n for _, _, n in combination)), view))
+    return boxes
+
+
+def mesh_ranks(tensor: DTensor) -> list[int]:
+    """The ranks among which the placements of ``tensor`` tell who holds what."""
+    return sorted(int(rank) for rank in tensor.device_mesh.mesh.flatten().tolist())
+
+
+@lru_cache(maxsize=65536)
+def _runs(
+    shape: tuple[int, ...], placements: Sequence[object], mesh: tuple[int, ...], coordinate: tuple[int, ...]
+) -> tuple[tuple[Run, ...], ...]:
+    indices: list[list[int] | range] = [range(size) for size in shape]
+    for placement, size, at in zip(placements, mesh, coordinate, strict=True):
+        if isinstance(placement, _StridedShard):
+            held = indices[placement.dim]
+            _, offsets = placement._local_shard_size_and_offset(
+                len(held), size, at, offset_mode=_StridedShardOffsetMode.ALL
+            )
+            assert isinstance(offsets, list)
+            indices[placement.dim] = [held[offset] for offset in offsets]
+        elif isinstance(placement, ShardPlacement):
+            held = indices[placement.dim]
+            length, offset = ShardPlacement.local_shard_size_and_offset(len(held), size, at)
+            indices[placement.dim] = held[offset : offset + length]
+    return tuple(tuple(_consecutive(held)) for held in indices)
+
+
+def _consecutive(held: list[int] | range) -> list[Run]:
+    if isinstance(held, range):
+        return [(0, held.start, len(held))] if held else []
+    runs: list[Run] = []
+    for local, index in enumerate(held):
+        if runs and index == runs[-1][1] + runs[-1][2]:
+            start, at, length = runs[-1]
+            runs[-1] = (start, at, length + 1)
+        else:
+            runs.append((local, index, 1))
+    return runs

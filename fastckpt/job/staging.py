@@ -1,0 +1,270 @@
+"""Staging: the copy from live tensors to host buffers, and the fence that keeps them still until it is done.
+
+Parameters and optimizer state only change in ``Optimizer.step``; a process-wide hook makes every step wait until what
+is being staged has been read. Everything else is copied before ``save`` returns. That nothing changed in any other way
+is checked by sampling: pieces of what was read are compared with the live tensors at the end.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import random
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fastckpt.errors import SaveError
+from fastckpt.format import value
+from fastckpt.format.chunk import chunk_hash
+from fastckpt.format.shard import Box, boxes_of_flat_range
+from fastckpt.format.tables import VALUE_BYTES_MAX
+from fastckpt.job.state import Description, Held
+from fastckpt.plan.save_plan import COMPARED, KNOWN, OWN, Offer, RankOffer
+
+SAMPLES = 64
+"""Pieces compared with the live tensors after staging."""
+SAMPLE_BYTES = 256
+COMPARED_WHOLE_BYTES = 4096
+"""Tensors up to this size are compared between ranks whole, larger ones in ``COMPARED_PIECES`` places."""
+COMPARED_PIECES = 16
+
+# Copies go through integers of the same width: exact for every bit pattern, and defined for every dtype.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+class TensorSource:
+    """A live tensor, or a copy of one, as bytes."""
+
+    def __init__(self, tensor: torch.Tensor, staging: Staging) -> None:
+        self._tensor = bits(tensor)
+        self._staging = staging
+        self.bytes = tensor.numel() * tensor.element_size()
+
+    def fill(self, offset: int, buffer: memoryview) -> None:
+        tensor, item = self._tensor, self._tensor.element_size()
+        start, stop = offset // item, (offset + len(buffer)) // item
+        with self._staging.on_stream(tensor.device):
+            if tensor.is_contiguous():
+                _to_buffer(tensor.view(-1)[start:stop], buffer)
+                return
+            at = 0
+            for box in boxes_of_flat_range(tensor.shape, start, stop):
+                size = box.elements * item
+                _to_buffer(tensor[box.slices()], buffer[at : at + size])
+                at += size
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers; lazily conjugated or negated tensors are made real first."""
+    return tensor.detach().resolve_conj().resolve_neg().view(BITS[tensor.element_size()])
+
+
+def _to_buffer(source: torch.Tensor, buffer: memoryview) -> None:
+    target = torch.frombuffer(buffer, dtype=torch.uint8)
+    if target.data_ptr() % source.element_size() == 0:
+        target.view(source.dtype).view(source.shape).copy_(source)
+    else:  # a tiny shard inside a bundle, behind one of another width
+        target.copy_(source.contiguous().cpu().view(-1).view(torch.uint8))
+
+
+class Staging:
+    """What one rank saves at one step: the offer it makes to the planner, and sources of the bytes it is to write.
+
+    Made on the training thread; afterwards used by one background thread.
+    """
+
+    def __init__(self, description: Description, copy: Sequence[str] = ()) -> None:
+        """Copies what may change before the fence: buffers, plain tensors, and keys matching a glob in ``copy``."""
+        self._held = description.held
+        self._events: dict[torch.device, torch.Event] = {}
+        self._streams: dict[torch.device, torch.Stream] = {}
+        self._copied: set[str] = set()
+        self._live: dict[tuple[str, Box], torch.Tensor] = {}
+        for key, held in self._held.items():
+            copied = held.volatile or any(fnmatch.fnmatchcase(key, glob) for glob in copy)
+            if copied:
+                self._copied.add(key)
+            for box, view in held.pieces:
+                self._live[key, box] = view.clone() if copied else view
+        self._mark_streams()
+        self.offer = _offer(description)
+        self.digest = chunk_hash(msgspec.msgpack.encode(self.offer))
+        self.values = {name: _encode(name, tree) for name, tree in description.values.items()}
+        self._samples = _Samples()
+
+    def source(self, key: str, box: Box) -> TensorSource:
+        """The bytes of a box this rank offered; what is read of live tensors is sampled for ``check_unchanged``."""
+        source = TensorSource(self._live[key, box], self)
+        return source if key in self._copied else _SampledSource(key, source, self._samples)
+
+    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
+        """For each of ``keys`` held here (None: all that are not known to be equal), a digest of sampled content."""
+        if keys is None:
+            keys = [key for key, held in self._held.items() if held.sharing in (COMPARED, OWN)]
+        return {key: self._digest(self._held[key]) for key in keys if key in self._held}
+
+    def _digest(self, held: Held) -> bytes:
+        content: list[bytes] = [held.dtype.encode(), str(held.shape).encode()]
+        for box, _ in held.pieces:
+            source = TensorSource(self._live[held.key, box], self)
+            content.append(str(box).encode())
+            for offset, size in _compared_pieces(source.bytes, self._live[held.key, box].element_size()):
+                piece = bytearray(size)
+                source.fill(offset, memoryview(piece))
+                content.append(bytes(piece))
+        return chunk_hash(b"\0".join(content))
+
+    def check_unchanged(self) -> None:
+        """``SaveError`` naming the tensor if one that was staged from live memory has changed since it was read."""
+        for key, source, offset, seen in self._samples:
+            now = bytearray(len(seen))
+            source.fill(offset, memoryview(now))
+            if bytes(now) != seen:
+                raise SaveError(
+                    f"{key} changed while it was being staged, by something other than Optimizer.step; the snapshot "
+                    f"is given up. Have it copied before save returns with Options(copy=({key!r},)), or call "
+                    "wait_staged() before changing it"
+                )
+
+    def devices(self) -> set[torch.device]:
+        return {view.device for view in self._live.values()}
+
+    def _mark_streams(self) -> None:
+        """Remembers where each accelerator's stream is now: staging reads what is there then, not before."""
+        for device in self.devices():
+            if device.type != "cpu":
+                event = torch.Event(device)
+                event.record(torch.accelerator.current_stream(device))
+                self._events[device] = event
+
+    def on_stream(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Copies from ``device`` go on a stream of their own, behind what was queued when ``save`` was called."""
+        if device not in self._events:
+            return nullcontext()
+        if device not in self._streams:
+            stream = torch.Stream(device)
+            stream.wait_event(self._events[device])
+            self._streams[device] = stream
+        return self._streams[device]
+
+
+def _offer(description: Description) -> RankOffer:
+    groups: dict[tuple[int, ...], int] = {}
+    tensors = []
+    aliased = {alias: description.held[target] for alias, target in description.aliases.items()}
+    for key, held in sorted({**description.held, **aliased}.items()):
+        among = groups.setdefault(held.among, len(groups)) if held.sharing == KNOWN else 0
+        boxes = [(list(box.offsets), list(box.sizes)) for box, _ in held.pieces]
+        alias = description.aliases.get(key, "")
+        tensors.append(Offer(key, held.dtype, list(held.shape), boxes, held.sharing, among, alias))
+    return RankOffer(tensors, [list(group) for group in groups] or [[]])
+
+
+def _encode(name: str, tree: object) -> bytes:
+    try:
+        blob = value.encode(tree)
+    except TypeError as error:
+        raise TypeError(f"{name}{error}" if str(error).startswith("[") else f"{name}: {error}") from error
+    if len(blob) > VALUE_BYTES_MAX:
+        raise ValueError(
+            f"{name}: a plain value of {len(blob)} bytes, at most {VALUE_BYTES_MAX} are allowed; keep large arrays as "
+            "torch tensors, which are stored beside it"
+        )
+    return blob
+
+
+def _compared_pieces(size: int, item: int) -> Iterator[tuple[int, int]]:
+    """Where a tensor of ``size`` bytes is compared between ranks: places that depend on the size alone."""
+    if size <= COMPARED_WHOLE_BYTES:
+        yield 0, size
+        return
+    places = random.Random(size)  # noqa: S311 - spread, not secrecy
+    for _ in range(COMPARED_PIECES):
+        yield places.randrange((size - SAMPLE_BYTES) // item + 1) * item, SAMPLE_BYTES
+
+
+class _Samples:
+    """A random choice of pieces of everything read, each piece equally likely to be kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[str, TensorSource, int, bytes]] = []
+        self._seen = 0
+        self._random = random.Random()  # noqa: S311 - spread, not secrecy
+
+    def __iter__(self) -> Iterator[tuple[str, TensorSource, int, bytes]]:
+        return iter(self._kept)
+
+    def offer(self, key: str, source: TensorSource, offset: int, buffer: memoryview) -> None:
+        self._seen += 1
+        if len(self._kept) < SAMPLES:
+            position = len(self._kept)
+        elif (position := self._random.randrange(self._seen)) >= SAMPLES:
+            return
+        # Whole elements of any width: pieces start at multiples of the largest.
+        at = self._random.randrange(max(1, (len(buffer) - SAMPLE_BYTES) // 16 + 1)) * 16
+        sample = (key, source, offset + at, bytes(buffer[at : at + SAMPLE_BYTES]))
+        self._kept[position : position + 1] = [sample]
+
+
+class _SampledSource(TensorSource):
+    def __init__(self, key: str, source: TensorSource, samples: _Samples) -> None:
+        self._key = key
+        self._source = source
+        self._samples = samples
+        self.bytes = source.bytes
+
+    def fill(self, offset: int, buffer: memoryview) -> None:
+        self._source.fill(offset, buffer)
+        self._samples.offer(self._key, self._source, offset, buffer)
+
+
+class Fence:
+    """Makes every ``Optimizer.step`` of the process wait while something is being staged.
+
+    ``wait`` is called on the thread that steps. The hook holds the fence weakly: it goes with it, or with ``close``.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        waiting = weakref.WeakMethod(wait) if hasattr(wait, "__self__") else lambda: wait
+
+        def hook(*_: object) -> None:
+            if (live := waiting()) is not None:
+                live()
+
+        self._handle = register_optimizer_step_pre_hook(hook)
+        self._finalizer = weakref.finalize(self, self._handle.remove)
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def staging_bytes(share_bytes: int, ranks_on_node: int) -> int:
+    """The default staging budget: this rank's share of the snapshot, or a quarter of what memory is available divided
+    by the ranks of the node, whichever is smaller."""
+    return max(1, min(share_bytes, _available_bytes() // 4 // ranks_on_node))
+
+
+def _available_bytes() -> int:
+    """Memory this process may still use: the machine's, or its control group's if that is less."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such control group, or "max"
+    return max(available, 0)

@@ -1,0 +1,518 @@
+"""LocalStore: objects as files below one directory, durable in the POSIX sense. Raw file descriptors only, since
+bytes in a Python buffer are what an fsync does not see. Nobody else in fastckpt opens files of a repository.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from fastckpt.errors import ObjectExists, ObjectNotFound, OutOfSpace, StorageError
+from fastckpt.storage.names import check_name, check_prefix, is_component
+from fastckpt.storage.store import Bytes, Capabilities, ObjectInfo
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+# Opening a FIFO to read it would wait for somebody to write it.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+# EIO is not here: after it a page may be marked clean, so a second try may succeed with the bytes lost.
+_TRANSIENT = {
+    errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ESTALE,
+    errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}  # fmt: skip
+# What a file system says that has no fsync of directories; there, names are as durable as it chooses to make them.
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_RENAME_FLAGS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_RENAME_NOREPLACE = 1
+
+_TRIES_MAX = 3
+_DEPTH_MAX = 64
+_DURABLE_DIRECTORIES_MAX = 10_000
+
+_Result = TypeVar("_Result")
+_Identity = tuple[int, int]
+
+
+class LocalStore:
+    """A store of files below ``path``, a directory that the first write creates.
+
+    ``path`` itself may be a symbolic link. Below it symbolic links are refused and only regular files are read, so
+    that nothing put there leads out of the repository or makes a reader wait. Modes follow the umask. A crash may
+    leave hidden temporary files behind; no listing shows them.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        text = os.fspath(path)
+        if not text or "\0" in text:
+            raise ValueError("the path of a store must not be empty or contain NUL")
+        self._root = str(Path(text).absolute())
+        self.url = "file://" + quote(os.fsencode(self._root))
+        self.capabilities = Capabilities(durable=True, create_if_absent=True)
+        # Directories (below the root, "" is the root) whose own name this store has made durable, by identity: one
+        # removed and made again has to be synced again. Single operations on a dict need no lock.
+        self._durable_directories: dict[str, _Identity] = {}
+
+    def create(self, name: str, data: Bytes) -> None:
+        check_name(name)
+        content = _as_bytes(data)
+        with _explained("create", name, self.url):
+            created = self._in_parent(name, lambda parent, leaf: _create(parent, leaf, content))
+        if not created:
+            raise ObjectExists(f"cannot create {name!r} in {self.url}: it exists")
+
+    def write(self, name: str) -> _LocalWriter:
+        check_name(name)
+        with _explained("write", name, self.url):
+            try:
+                return self._in_parent(name, lambda parent, leaf: _LocalWriter(parent, leaf, name, self.url))
+            except _LeafExistsError as error:
+                raise ObjectExists(f"cannot write {name!r} in {self.url}: it exists") from error
+
+    def read(self, name: str, *, size_max: int) -> bytes:
+        check_name(name)
+        with _explained("read", name, self.url, reading=True), self._opened(name) as (file, size):
+            if size > size_max:
+                raise OSError(errno.EFBIG, f"it has {size} bytes, at most {size_max} are allowed here")
+            pieces = []
+            remaining = size
+            while remaining:
+                piece = os.read(file, remaining)
+                if not piece:
+                    raise OSError(errno.EIO, f"it lost its last {remaining} bytes while being read")
+                pieces.append(piece)
+                remaining -= len(piece)
+            return b"".join(pieces)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        check_name(name)
+        if offset < 0:
+            raise ValueError(f"offset must not be negative: {offset}")
+        content = _as_bytes(buffer)
+        with _explained("read", name, self.url, reading=True), self._opened(name) as (file, size):
+            end = offset + len(content)
+            if size < end:
+                raise OSError(errno.EIO, f"it has {size} bytes, bytes {offset} to {end} were asked for")
+            while content:
+                count = os.preadv(file, [content], offset)
+                if not count:
+                    raise OSError(errno.EIO, f"it was cut to {offset} bytes while being read")
+                content = content[count:]
+                offset += count
+
+    def size(self, name: str) -> int:
+        check_name(name)
+        with _explained("size", name, self.url, reading=True), self._parent(name) as (parent, leaf):
+            return _regular_size(os.stat(leaf, dir_fd=parent, follow_symlinks=False))
+
+    def children(self, prefix: str) -> Iterator[str]:
+        check_prefix(prefix)
+        with _explained("list", prefix, self.url, reading=True), self._directory_or_none(prefix) as directory:
+            if directory is None:
+                return iter(())
+            # A directory without objects is no child: it is what deleted objects leave behind.
+            return iter(sorted(entry.name for entry in _entries(directory) if _has_objects(directory, entry)))
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        with _explained("list", prefix, self.url, reading=True), self._directory_or_none(prefix) as directory:
+            if directory is None:
+                return iter(())
+            # All of it now: a half-used iterator would hold descriptors.
+            return iter(tuple(_objects(directory, prefix)))
+
+    def delete(self, name: str) -> None:
+        check_name(name)
+        # A directory is no object: none has that name.
+        absent = suppress(FileNotFoundError, IsADirectoryError)
+        with _explained("delete", name, self.url), absent, self._parent(name) as (parent, leaf):
+            os.unlink(leaf, dir_fd=parent)
+
+    # Reading: directories as they are.
+
+    @contextmanager
+    def _parent(self, name: str) -> Iterator[tuple[int, str]]:
+        prefix, _, leaf = name.rpartition("/")
+        directory = self._open_directory(prefix)
+        try:
+            yield directory, leaf
+        finally:
+            _release(directory)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[int, int]]:
+        with self._parent(name) as (parent, leaf):
+            file = os.open(leaf, _READ, dir_fd=parent)
+        try:
+            yield file, _regular_size(os.fstat(file))
+        finally:
+            _release(file)
+
+    @contextmanager
+    def _directory_or_none(self, prefix: str) -> Iterator[int | None]:
+        try:
+            directory = self._open_directory(prefix)
+        except FileNotFoundError:
+            yield None
+            return
+        try:
+            yield directory
+        finally:
+            _release(directory)
+
+    def _open_directory(self, prefix: str) -> int:
+        directory = os.open(self._root, _DIRECTORY)
+        for component in prefix.split("/") if prefix else ():
+            parent = directory
+            try:
+                directory = _open_subdirectory(parent, component)
+            except NotADirectoryError as error:  # an object: there is nothing below it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+            finally:
+                _release(parent)
+        return directory
+
+    # Writing: directories are made, and their names made durable, on the way.
+
+    def _in_parent(self, name: str, action: Callable[[int, str], _Result]) -> _Result:
+        """Calls ``action(directory, leaf)``; from the start again if a directory was removed under our feet."""
+        *components, leaf = name.split("/")
+        tries = 0
+        while True:
+            try:
+                parent = self._open_durable_directory(components)
+                try:
+                    return action(parent, leaf)
+                finally:
+                    _release(parent)
+            except FileNotFoundError:
+                tries += 1
+                if tries == _TRIES_MAX:
+                    raise
+
+    def _open_durable_directory(self, components: Sequence[str]) -> int:
+        """Opens the directory, making what is missing. Also syncs what was there when first seen: another process
+        may have made it a moment ago and not have come to the sync yet."""
+        parent = self._open_durable_root()
+        try:
+            path = ""
+            for component in components:
+                path += "/" + component
+                try:
+                    directory = _open_subdirectory(parent, component)
+                except FileNotFoundError:
+                    self._durable_directories.pop(path, None)
+                    with suppress(FileExistsError):
+                        os.mkdir(component, dir_fd=parent)
+                    directory = _open_subdirectory(parent, component)
+                above, parent = parent, directory
+                try:
+                    if self._durable_directories.get(path) != _identity(os.fstat(directory)):
+                        _sync_directory(above)
+                        self._remember_durable(path, directory)
+                finally:
+                    _release(above)
+        except BaseException:
+            _release(parent)
+            raise
+        return parent
+
+    def _open_durable_root(self) -> int:
+        try:
+            root = os.open(self._root, _DIRECTORY)
+        except FileNotFoundError:
+            self._durable_directories.pop("", None)
+            os.makedirs(self._root, exist_ok=True)
+            root = os.open(self._root, _DIRECTORY)
+        try:
+            if self._durable_directories.get("") != _identity(os.fstat(root)):
+                _sync_ancestors(self._root)
+                self._remember_durable("", root)
+        except BaseException:
+            _release(root)
+            raise
+        return root
+
+    def _remember_durable(self, path: str, directory: int) -> None:
+        if len(self._durable_directories) >= _DURABLE_DIRECTORIES_MAX:
+            self._durable_directories.clear()
+        self._durable_directories[path] = _identity(os.fstat(directory))
+
+
+class _LocalWriter:
+    """A file being written under its final name. Any error abandons it at once, so that no descriptor is left."""
+
+    def __init__(self, parent: int, leaf: str, name: str, url: str) -> None:
+        self._leaf, self._name, self._url = leaf, name, url
+        self._offset = 0
+        self._file = self._parent = -1
+        try:
+            self._file = os.open(leaf, _CREATE, 0o666, dir_fd=parent)
+        except FileExistsError as error:
+            raise _LeafExistsError(*error.args) from error
+        try:
+            # finish syncs this directory, not one that may since stand in its place.
+            self._parent = os.dup(parent)
+        except BaseException:
+            self._close()
+            with suppress(OSError):
+                os.unlink(leaf, dir_fd=parent)
+            raise
+
+    def append(self, data: Bytes) -> int:
+        content = _as_bytes(data)
+        with self._abandoned_on_error("append to"):
+            start = self._offset
+            self._offset += _write(self._file, content)
+            return start
+
+    def finish(self) -> int:
+        with self._abandoned_on_error("finish"):
+            os.fsync(self._file)
+            file, self._file = self._file, -1
+            os.close(file)  # network file systems and quotas report late, here
+            _sync_directory(self._parent)
+            found = os.stat(self._leaf, dir_fd=self._parent, follow_symlinks=False).st_size
+            if found != self._offset:
+                raise OSError(errno.EIO, f"{self._offset} bytes were written, {found} are there")
+        self._close()
+        return self._offset
+
+    def abandon(self) -> None:
+        if self._parent >= 0:
+            with suppress(OSError):
+                os.unlink(self._leaf, dir_fd=self._parent)
+        self._close()
+
+    def __del__(self) -> None:
+        # Neither finished nor abandoned: the file stays as a dead process would leave it.
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, -1
+        parent, self._parent = self._parent, -1
+        for descriptor in (file, parent):
+            if descriptor >= 0:
+                _release(descriptor)
+
+    @contextmanager
+    def _abandoned_on_error(self, verb: str) -> Iterator[None]:
+        if self._file < 0:
+            raise ValueError(f"{self._name!r} was finished, abandoned or has failed; nothing may follow")
+        with _explained(verb, self._name, self._url):
+            try:
+                yield
+            except BaseException:
+                self.abandon()
+                raise
+
+
+class _LeafExistsError(OSError):
+    """The object's own name is taken. (A plain EEXIST could also be about a directory.)"""
+
+
+def _create(parent: int, leaf: str, content: memoryview) -> bool:
+    """Whether the object is now there because of us. Its name, whoever made it, is durable in both cases: a caller
+    may read it back and rely on it."""
+    # Random, since processes of several hosts may share the file system.
+    temporary = f".{leaf}.{secrets.token_hex(16)}"
+    file = os.open(temporary, _CREATE, 0o666, dir_fd=parent)
+    try:
+        try:
+            _write(file, content)
+            os.fsync(file)
+            identity = _identity(os.fstat(file))
+        except BaseException:
+            _release(file)
+            raise
+        os.close(file)
+        created = _link_if_absent(parent, temporary, leaf, identity)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=parent)
+    _sync_directory(parent)
+    return created
+
+
+def _link_if_absent(parent: int, temporary: str, leaf: str, identity: _Identity) -> bool:
+    try:
+        try:
+            os.link(temporary, leaf, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            _rename_if_absent(parent, temporary, leaf)
+    except OSError as error:
+        # A network file system may have done it, lost the answer, and report its own second try: look who is there.
+        with suppress(OSError):
+            if _identity(os.stat(leaf, dir_fd=parent, follow_symlinks=False)) == identity:
+                return True
+        if isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def _rename_if_absent(parent: int, temporary: str, leaf: str) -> None:
+    try:
+        _renameat2(parent, temporary, leaf, _RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in _NO_RENAME_FLAGS:
+            raise
+        raise OSError(
+            error.errno,
+            "this file system cannot create a file if absent (neither link nor renameat2 with RENAME_NOREPLACE)",
+        ) from error
+
+
+def _renameat2(parent: int, old: str, new: str, flags: int) -> None:
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError as error:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+    if renameat2(parent, os.fsencode(old), parent, os.fsencode(new), ctypes.c_uint(flags)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _write(file: int, content: memoryview) -> int:
+    remaining = content
+    while remaining:
+        count = os.write(file, remaining)
+        if not count:
+            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+        remaining = remaining[count:]
+    return len(content)
+
+
+def _as_bytes(data: Bytes) -> memoryview:
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot always be cast
+
+
+def _sync_directory(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+
+
+def _sync_ancestors(root: str) -> None:
+    """Makes the names of ``root`` and of all directories above it durable, up to the mount point: this process or
+    another of the job may just have made them."""
+    path = os.path.realpath(root)
+    while (above := os.path.dirname(path)) != path and os.stat(above).st_dev == os.stat(path).st_dev:
+        try:
+            directory = os.open(above, _DIRECTORY)
+        except PermissionError:
+            if os.access(above, os.W_OK):
+                raise
+            # Where we cannot write, neither we nor the rest of the job made anything.
+        else:
+            try:
+                _sync_directory(directory)
+            finally:
+                _release(directory)
+        path = above
+
+
+def _open_subdirectory(parent: int, component: str) -> int:
+    try:
+        return os.open(component, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            _refuse_link(os.stat(component, dir_fd=parent, follow_symlinks=False), component)
+        raise
+
+
+def _refuse_link(found: os.stat_result, component: str) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.ELOOP, f"{component!r} is a symbolic link, and a repository may not contain any")
+
+
+def _regular_size(found: os.stat_result) -> int:
+    if stat.S_ISDIR(found.st_mode):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return found.st_size
+
+
+def _entries(directory: int) -> list[os.DirEntry[str]]:
+    """Regular files and directories that can be part of a name."""
+    with os.scandir(directory) as found:
+        entries = [entry for entry in found if is_component(entry.name)]
+    for entry in entries:
+        if entry.is_symlink():  # skipping it could hide objects
+            _refuse_link(entry.stat(follow_symlinks=False), entry.name)
+    return [e for e in entries if e.is_dir(follow_symlinks=False) or e.is_file(follow_symlinks=False)]
+
+
+def _objects(directory: int, prefix: str, depth: int = 0) -> Iterator[ObjectInfo]:
+    """All objects below ``directory``, sorted by whole name: ``a-b`` comes before ``a/c``."""
+    if depth > _DEPTH_MAX:
+        raise OSError(errno.ELOOP, f"directories are nested more than {_DEPTH_MAX} deep")
+    names = {e.name + "/" if e.is_dir(follow_symlinks=False) else e.name: e for e in _entries(directory)}
+    for _, entry in sorted(names.items()):
+        name = f"{prefix}/{entry.name}" if prefix else entry.name
+        try:
+            if entry.is_file(follow_symlinks=False):
+                yield ObjectInfo(name, os.stat(entry.name, dir_fd=directory, follow_symlinks=False).st_size)
+                continue
+            below = _open_subdirectory(directory, entry.name)
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        try:
+            yield from _objects(below, name, depth + 1)
+        finally:
+            _release(below)
+
+
+def _has_objects(directory: int, entry: os.DirEntry[str]) -> bool:
+    if entry.is_file(follow_symlinks=False):
+        return True
+    try:
+        below = _open_subdirectory(directory, entry.name)
+    except FileNotFoundError:
+        return False
+    try:
+        return next(_objects(below, ""), None) is not None
+    finally:
+        _release(below)
+
+
+def _identity(found: os.stat_result) -> _Identity:
+    return found.st_dev, found.st_ino
+
+
+def _release(descriptor: int) -> None:
+    """Closes what was only read, or is given up: an error here says nothing about bytes anybody relies on."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(verb: str, name: str, url: str, *, reading: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot {verb} {name!r} in {url}: {error.strerror or error}"
+        if error.errno in _NO_SPACE:
+            raise OutOfSpace(message) from error
+        if error.errno == errno.ENOENT and reading:
+            raise ObjectNotFound(message) from error
+        # A directory that vanished under a writer can be made again.
+        transient = error.errno in _TRANSIENT or error.errno == errno.ENOENT
+        raise StorageError(message, transient=transient) from error

@@ -1,0 +1,730 @@
+"""LocalStore keeps the contract of stores, and is durable: the order of system calls is what survives a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from fastckpt.errors import ObjectExists, ObjectNotFound, OutOfSpace, StorageError
+from fastckpt.storage import local
+from fastckpt.storage.local import LocalStore
+from fastckpt.storage.store import ObjectWriter, Store
+from fastckpt.testing import StoreContract
+
+
+class TestLocalStore(StoreContract):
+    @pytest.fixture
+    def make_store(self, tmp_path: Path) -> Callable[[], Store]:
+        return lambda: LocalStore(tmp_path / "repository")
+
+    def raw_write(self, store: Store, name: str, data: bytes) -> None:
+        path = _path(store, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def raw_read(self, store: Store, name: str) -> bytes:
+        return _path(store, name).read_bytes()
+
+
+class TestLocalStoreThroughRename(TestLocalStore):
+    """On file systems without hard links."""
+
+    @pytest.fixture(autouse=True)
+    def no_hard_links(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def link(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", link)
+
+
+def _path(store: Store, name: str) -> Path:
+    return Path(unquote(store.url.removeprefix("file://"))) / name
+
+
+def _files(path: Path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir())
+
+
+@pytest.fixture
+def store(tmp_path) -> LocalStore:
+    return LocalStore(tmp_path / "repository")
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Durability: which system calls, in which order.
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path) -> list[tuple[str, ...]]:
+    """What LocalStore asked of the system, as (call, path...) relative to the test's directory."""
+    recorded: list[tuple[str, ...]] = []
+
+    def name(descriptor: int | None, path: str = "") -> str:
+        start = os.getcwd() if descriptor is None else os.readlink(f"/proc/self/fd/{descriptor}")
+        return os.path.relpath(os.path.join(start, path), tmp_path)
+
+    def record(call: str, describe: Callable[..., tuple[str, ...] | None]) -> None:
+        real = getattr(os, call)
+
+        def recording(*args, **kwargs):
+            described = describe(*args, **kwargs)
+            result = real(*args, **kwargs)
+            if described is not None:
+                recorded.append((call, *described))
+            return result
+
+        monkeypatch.setattr(os, call, recording)
+
+    def opened(path, flags, mode=0o777, *, dir_fd=None):
+        return (name(dir_fd, path),) if flags & os.O_CREAT else None
+
+    def closed(descriptor):
+        path = f"/proc/self/fd/{descriptor}"
+        return (name(descriptor),) if stat.S_ISREG(os.stat(path).st_mode) else None
+
+    record("open", opened)
+    record("mkdir", lambda path, mode=0o777, *, dir_fd=None: (name(dir_fd, path),))
+    record("write", lambda descriptor, data: (name(descriptor),))
+    record("fsync", lambda descriptor: (name(descriptor),))
+    record("close", closed)
+    record("unlink", lambda path, *, dir_fd=None: (name(dir_fd, path),))
+    record(
+        "link",
+        lambda old, new, *, src_dir_fd, dst_dir_fd, follow_symlinks: (name(src_dir_fd, old), name(dst_dir_fd, new)),
+    )
+    return recorded
+
+
+def _below(calls: list[tuple[str, ...]], temporary: str = "TEMPORARY") -> list[tuple[str, ...]]:
+    """Calls at and below the test's directory, random names replaced; and all fsyncs of ancestors checked away."""
+    short = []
+    for call, *paths in calls:
+        if any(path.startswith("..") for path in paths):
+            assert call == "fsync"
+            continue
+        short.append(
+            (
+                call,
+                *(
+                    "/".join(temporary if p.startswith(".") and p != "." else p for p in path.split("/"))
+                    for path in paths
+                ),
+            )
+        )
+    return short
+
+
+def test_a_created_file_is_synced_before_it_gets_its_name_and_its_directory_after(tmp_path, store, calls):
+    store.create("a/b", b"content")
+    calls.clear()
+    store.create("a/c", b"content")
+    assert _below(calls) == [
+        ("open", "repository/a/TEMPORARY"),
+        ("write", "repository/a/TEMPORARY"),
+        ("fsync", "repository/a/TEMPORARY"),
+        ("close", "repository/a/TEMPORARY"),
+        ("link", "repository/a/TEMPORARY", "repository/a/c"),
+        ("unlink", "repository/a/TEMPORARY"),
+        ("fsync", "repository/a"),
+    ]
+
+
+def test_a_stream_is_synced_and_closed_and_then_its_directory_synced(store, calls):
+    store.create("a/b", b"content")
+    calls.clear()
+    writer = store.write("a/c")
+    writer.append(b"0123")
+    writer.append(b"4567")
+    writer.finish()
+    assert _below(calls) == [
+        ("open", "repository/a/c"),
+        ("write", "repository/a/c"),
+        ("write", "repository/a/c"),
+        ("fsync", "repository/a/c"),
+        ("close", "repository/a/c"),
+        ("fsync", "repository/a"),
+    ]
+
+
+def test_the_parent_of_every_new_directory_is_synced_before_anything_is_put_into_it(store, calls):
+    store.write("a/b/c").finish()
+    relevant = [call for call in _below(calls) if call[0] in ("mkdir", "fsync", "open")]
+    assert relevant == [
+        ("mkdir", "repository"),
+        ("fsync", "."),
+        ("mkdir", "repository/a"),
+        ("fsync", "repository"),
+        ("mkdir", "repository/a/b"),
+        ("fsync", "repository/a"),
+        ("open", "repository/a/b/c"),
+        ("fsync", "repository/a/b/c"),
+        ("fsync", "repository/a/b"),
+    ]
+
+
+def test_all_new_ancestors_of_the_root_are_synced(tmp_path, calls):
+    LocalStore(tmp_path / "x" / "y" / "repository").create("a", b"")
+    first_open = next(number for number, call in enumerate(calls) if call[0] == "open")
+    assert {("fsync", "x/y"), ("fsync", "x"), ("fsync", ".")} <= set(calls[:first_open])
+
+
+def test_a_directory_that_another_process_just_made_is_synced_by_everyone_who_relies_on_it(tmp_path, store, calls):
+    (tmp_path / "repository" / "a").mkdir(parents=True)
+    calls.clear()
+    store.create("a/b", b"")
+    assert ("fsync", ".") in _below(calls)
+    assert ("fsync", "repository") in _below(calls)
+
+
+def test_whoever_is_told_that_an_object_exists_may_rely_on_its_name(store, calls):
+    store.create("a/b", b"first")
+    calls.clear()
+    with pytest.raises(ObjectExists):
+        store.create("a/b", b"second")
+    # The winner may not have come to its own sync yet.
+    assert _below(calls)[-1] == ("fsync", "repository/a")
+
+
+def test_a_directory_removed_behind_its_back_is_made_and_synced_again(tmp_path, store, calls):
+    store.create("a/b/c", b"first")
+    for path in ("a/b/c", "a/b", "a"):
+        (tmp_path / "repository" / path).unlink() if path == "a/b/c" else (tmp_path / "repository" / path).rmdir()
+    calls.clear()
+    store.create("a/b/c", b"second")
+    assert [call for call in _below(calls) if call[0] in ("mkdir", "fsync")][:4] == [
+        ("mkdir", "repository/a"),
+        ("fsync", "repository"),
+        ("mkdir", "repository/a/b"),
+        ("fsync", "repository/a"),
+    ]
+    assert store.read("a/b/c", size_max=6) == b"second"
+
+
+def test_a_directory_that_others_replaced_is_synced_again(tmp_path, store, calls):
+    store.create("a/b", b"first")
+    (tmp_path / "repository" / "a").rename(tmp_path / "old")
+    (tmp_path / "repository" / "a").mkdir()
+    calls.clear()
+    store.create("a/b", b"second")
+    assert ("fsync", "repository") in _below(calls)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_directory_removed_at_the_worst_moment_is_made_again_a_few_times(tmp_path, store, monkeypatch, times):
+    real, removed = os.open, []
+
+    def open_after_removal(path, flags, mode=0o777, *, dir_fd=None):
+        if flags & os.O_CREAT and len(removed) < times:
+            (tmp_path / "repository" / "a").rmdir()
+            removed.append(path)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    for work in (lambda: store.create("a/b", b"x"), lambda: store.write("a/c").finish()):
+        removed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", open_after_removal)
+            if times == 1:
+                work()
+            else:
+                with pytest.raises(StorageError) as caught:
+                    work()
+                assert caught.value.transient
+                assert not isinstance(caught.value, ObjectNotFound)
+        for path in (tmp_path / "repository").rglob("*/*"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_an_ancestor_that_cannot_be_read_matters_only_if_we_may_have_written_it(tmp_path, monkeypatch, writable):
+    ancestor = tmp_path / "ancestor"
+    ancestor.mkdir()
+    real_open, real_access = os.open, os.access
+
+    def refuse(path, flags, mode=0o777, *, dir_fd=None):
+        if path == str(ancestor):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real_open(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: writable if path == str(ancestor) else real_access(path, mode))
+    store = LocalStore(ancestor / "repository")
+    if writable:
+        with pytest.raises(StorageError, match=os.strerror(errno.EACCES)):
+            store.create("a", b"x")
+    else:
+        store.create("a", b"x")
+        assert store.size("a") == 1
+
+
+def test_a_root_removed_behind_its_back_is_made_again(tmp_path, store):
+    store.create("a", b"first")
+    (tmp_path / "repository" / "a").unlink()
+    (tmp_path / "repository").rmdir()
+    assert list(store.list("")) == []
+    with pytest.raises(ObjectNotFound):
+        store.read("a", size_max=5)
+    writer = store.write("b/c")
+    writer.append(b"x")
+    writer.finish()
+    assert [info.name for info in store.list("")] == ["b/c"]
+
+
+def test_an_object_removed_while_it_was_written_cannot_be_finished(tmp_path, store):
+    writer = store.write("a/b")
+    writer.append(b"x")
+    (tmp_path / "repository" / "a" / "b").unlink()
+    (tmp_path / "repository" / "a").rmdir()
+    with pytest.raises(StorageError, match="a/b"):
+        writer.finish()
+
+
+def test_an_object_cut_while_it_was_written_cannot_be_finished(tmp_path, store):
+    writer = store.write("a")
+    writer.append(b"0123456789")
+    os.truncate(tmp_path / "repository" / "a", 4)
+    with pytest.raises(StorageError, match="10 bytes were written, 4 are there"):
+        writer.finish()
+
+
+# Faults: every system call, failing once, in each way.
+
+
+class Faults:
+    """Fails the n-th of the system calls that LocalStore makes; a close that fails has closed, as Linux does it."""
+
+    CALLS = (
+        "open",
+        "write",
+        "fsync",
+        "close",
+        "link",
+        "unlink",
+        "mkdir",
+        "fstat",
+        "stat",
+        "dup",
+        "scandir",
+        "preadv",
+        "read",
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_at: int | None = None
+        self.code = 0
+        self.count = 0
+        self.failed = ""
+        for call in self.CALLS:
+            monkeypatch.setattr(os, call, self._faulty(call, getattr(os, call)))
+
+    def _faulty(self, call, real):
+        def faulty(*args, **kwargs):
+            self.count += 1
+            if self.count != self.fail_at:
+                return real(*args, **kwargs)
+            self.failed = call
+            if call == "close":
+                real(*args, **kwargs)
+            raise OSError(self.code, os.strerror(self.code))
+
+        return faulty
+
+    def arm(self, fail_at: int | None, code: int) -> None:
+        self.fail_at, self.code, self.count, self.failed = fail_at, code, 0, ""
+
+
+def _create_object(store: LocalStore) -> None:
+    store.create("a/b/object", b"0123456789")
+
+
+def _write_object(store: LocalStore) -> None:
+    writer = store.write("a/b/object")
+    writer.append(b"01234")
+    writer.append(b"56789")
+    assert writer.finish() == 10
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("work", [_create_object, _write_object])
+def test_whichever_system_call_fails_nothing_is_torn_leaked_or_unnamed(tmp_path, monkeypatch, work, code):
+    descriptors = len(os.listdir("/proc/self/fd"))
+    faults = Faults(monkeypatch)
+    failed = set()
+    for number in range(1, 200):
+        root = tmp_path / str(number)
+        store = LocalStore(root)
+        faults.arm(number, code)
+        error = None
+        try:
+            work(store)
+        except StorageError as raised:
+            error = raised
+        reached = faults.failed
+        faults.arm(None, 0)
+        if error is not None:
+            failed.add(reached)
+            assert "a/b/object" in str(error)
+            assert os.strerror(code) in str(error)
+            assert isinstance(error.__cause__, OSError)
+            assert isinstance(error, OutOfSpace) == (code in (errno.ENOSPC, errno.EDQUOT))
+            assert error.transient == (code in (errno.EMFILE, errno.ESTALE))
+        else:
+            assert store.read("a/b/object", size_max=10) == b"0123456789"
+        if reached in ("fsync", "write", "link", "mkdir"):
+            assert error is not None, f"the failure of {reached} was swallowed"
+        if work is _create_object:
+            assert [info.size for info in store.list("")] in ([], [10])
+        store.create("a/b/next", b"next")
+        assert store.read("a/b/next", size_max=4) == b"next"
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        if not reached:
+            break
+    assert number > 15
+    assert failed >= {"open", "write", "fsync", "close", "mkdir"} | ({"link"} if work is _create_object else set())
+
+
+def test_a_failed_stream_takes_nothing_more(store, monkeypatch):
+    faults = Faults(monkeypatch)
+    writer = store.write("a")
+    faults.arm(1, errno.EIO)
+    with pytest.raises(StorageError):
+        writer.append(b"x")
+    for call in (lambda: writer.append(b"x"), writer.finish):
+        with pytest.raises(ValueError, match="nothing may follow"):
+            call()
+    writer.abandon()
+
+
+def test_a_failed_fsync_is_never_tried_again_on_the_same_file(store, monkeypatch):
+    store.create("first", b"")
+    writer = store.write("a")
+    writer.append(b"x")
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match=os.strerror(errno.EIO)) as caught:
+        writer.finish()
+    assert not caught.value.transient
+    assert len(synced) == 1
+    with pytest.raises(ObjectNotFound):
+        store.size("a")
+
+
+def test_an_error_of_close_is_an_error_of_finish(store, monkeypatch):
+    writer = store.write("a")
+    real, file = os.close, writer._file
+
+    def close(descriptor):
+        real(descriptor)
+        if descriptor == file:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(OutOfSpace):
+        writer.finish()
+
+
+def test_short_writes_and_short_reads_are_continued(store, monkeypatch):
+    write, preadv, read = os.write, os.preadv, os.read
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: preadv(descriptor, [views[0][:5]], offset))
+    monkeypatch.setattr(os, "read", lambda descriptor, count: read(descriptor, min(count, 3)))
+    data = bytes(range(100))
+    store.create("a", data)
+    writer = store.write("b")
+    assert writer.append(data) == 0
+    assert writer.append(data) == 100
+    writer.finish()
+    assert store.read("a", size_max=100) == data
+    buffer = bytearray(150)
+    store.read_into("b", 50, memoryview(buffer))
+    assert buffer == (data + data)[50:]
+
+
+def test_a_file_system_without_directory_sync_is_tolerated_but_its_files_must_sync(store, monkeypatch):
+    real = os.fsync
+    refuse_files = False
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or refuse_files:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.create("a/b", b"x")
+    store.write("a/c").finish()
+    refuse_files = True
+    with pytest.raises(StorageError):
+        store.create("a/d", b"x")
+
+
+def test_a_file_system_that_cannot_create_if_absent_says_so(tmp_path, store, monkeypatch):
+    def unsupported(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", unsupported)
+    monkeypatch.setattr(local, "_renameat2", unsupported)
+    with pytest.raises(StorageError, match="cannot create a file if absent"):
+        store.create("a", b"x")
+    assert _files(tmp_path) == []
+
+
+def test_a_link_that_happened_but_was_reported_as_failed_counts_as_ours(store, monkeypatch):
+    real = os.link
+
+    def link(*args, **kwargs):
+        real(*args, **kwargs)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", link)
+    store.create("a", b"x")
+    with pytest.raises(ObjectExists):
+        store.create("a", b"y")
+    assert store.read("a", size_max=1) == b"x"
+
+
+def _append_a_megabyte(writer: ObjectWriter) -> None:
+    for _ in range(100):
+        writer.append(b"x" * 10_000)
+
+
+@pytest.mark.root
+def test_a_full_file_system_is_out_of_space_and_usable_again(tmp_path):
+    if os.geteuid() != 0:
+        if os.environ.get("CI") == "true":
+            pytest.fail("this test must run in CI, and needs root to mount a tmpfs")
+        pytest.skip("needs root to mount a tmpfs")
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", mount], check=True)
+    try:
+        store = LocalStore(mount / "repository")
+        store.create("a", b"kept")
+        writer = store.write("b")
+        with pytest.raises(OutOfSpace, match="'b'"):
+            _append_a_megabyte(writer)
+        writer.abandon()
+        with pytest.raises(OutOfSpace, match="'c'"):
+            store.create("c", b"x" * 1_000_000)
+        assert _files(mount) == ["repository/a"]
+        store.create("d", b"x" * 100_000)
+        assert store.read("a", size_max=4) == b"kept"
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+# Other processes, and what else may lie around.
+
+
+def test_of_several_processes_creating_one_name_exactly_one_wins(tmp_path):
+    program = (
+        "import sys\n"
+        "from fastckpt.errors import ObjectExists\n"
+        "from fastckpt.storage.local import LocalStore\n"
+        "store = LocalStore(sys.argv[1])\n"
+        "for number in range(60):\n"
+        "    try:\n"
+        "        store.create(f'decisions/{number}', sys.argv[2].encode() * 1000)\n"
+        "        print(number)\n"
+        "    except ObjectExists:\n"
+        "        pass\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "r"), letter], stdout=subprocess.PIPE, text=True
+        )
+        for letter in "ABCD"
+    ]
+    won = {letter: p.communicate(timeout=60)[0].split() for letter, p in zip("ABCD", processes, strict=True)}
+    assert sorted(int(number) for numbers in won.values() for number in numbers) == list(range(60))
+    store = LocalStore(tmp_path / "r")
+    for letter, numbers in won.items():
+        for number in numbers:
+            assert store.read(f"decisions/{number}", size_max=1000) == letter.encode() * 1000
+
+
+def test_no_temporary_file_is_left_or_ever_listed(tmp_path, store, monkeypatch):
+    store.create("a/b", b"x")
+    with pytest.raises(ObjectExists):
+        store.create("a/b", b"y")
+    assert _files(tmp_path) == ["repository/a/b"]
+    listed = []
+    real = os.link
+
+    def link(*args, **kwargs):
+        listed.extend([*store.list(""), *store.children("a")])
+        assert len(_files(tmp_path)) == 2
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(os, "link", link)
+    store.create("c/d", b"x")
+    assert [getattr(entry, "name", entry) for entry in listed] == ["a/b", "b"]
+
+
+def test_files_that_no_store_wrote_are_no_objects(tmp_path, store):
+    store.create("a", b"x")
+    for foreign in (".hidden", "with space", "lost+found", "\u00e9"):
+        (tmp_path / "repository" / foreign).write_bytes(b"")
+    assert [info.name for info in store.list("")] == ["a"]
+    assert list(store.children("")) == ["a"]
+
+
+def test_symbolic_links_inside_the_repository_are_refused(tmp_path, store):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "b").write_bytes(b"secret")
+    store.create("real/b", b"x")
+    (tmp_path / "repository" / "a").symlink_to(outside)
+    (tmp_path / "repository" / "real" / "link").symlink_to(outside / "b")
+    (tmp_path / "repository" / "real" / "dangling").symlink_to(outside / "new")
+    for call in (
+        lambda: store.read("a/b", size_max=100),
+        lambda: store.read_into("a/b", 0, memoryview(bytearray(1))),
+        lambda: store.size("a/b"),
+        lambda: store.create("a/c", b"x"),
+        lambda: store.write("a/c"),
+        lambda: store.delete("a/b"),
+        lambda: store.list("a"),
+        lambda: store.children("a"),
+        lambda: store.list(""),
+        lambda: store.children(""),
+        lambda: store.read("real/link", size_max=100),
+        lambda: store.size("real/link"),
+    ):
+        with pytest.raises(StorageError) as caught:
+            call()
+        assert not isinstance(caught.value, ObjectNotFound)
+    for name in ("real/link", "real/dangling"):
+        with pytest.raises(ObjectExists):
+            store.create(name, b"y")
+        with pytest.raises(ObjectExists):
+            store.write(name)
+    assert _files(outside) == ["b"]
+    assert (outside / "b").read_bytes() == b"secret"
+
+
+def test_the_root_itself_may_be_a_symbolic_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    store = LocalStore(tmp_path / "link")
+    store.create("a/b", b"x")
+    assert _files(tmp_path / "disk") == ["a/b"]
+    assert [info.name for info in store.list("")] == ["a/b"]
+
+
+def test_a_fifo_in_place_of_an_object_is_an_error_and_never_a_hang(tmp_path, store):
+    store.create("a/b", b"x")
+    os.mkfifo(tmp_path / "repository" / "a" / "fifo")
+    outcomes = []
+
+    def read():
+        for call in (
+            lambda: store.read("a/fifo", size_max=100),
+            lambda: store.read_into("a/fifo", 0, memoryview(bytearray(1))),
+            lambda: store.size("a/fifo"),
+        ):
+            with pytest.raises(StorageError, match="not a regular file"):
+                call()
+            outcomes.append("refused")
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert outcomes == ["refused"] * 3
+    with pytest.raises(ObjectExists):
+        store.write("a/fifo")
+    assert [info.name for info in store.list("")] == ["a/b"]
+
+
+def test_a_directory_is_no_object_and_an_object_no_directory(tmp_path, store):
+    store.create("a/b", b"x")
+    with pytest.raises(ObjectNotFound):
+        store.read("a", size_max=1)
+    store.delete("a")
+    with pytest.raises(StorageError, match=os.strerror(errno.ENOTDIR)):
+        store.create("a/b/c", b"x")
+    with pytest.raises(ObjectExists):
+        store.create("a", b"x")
+    (tmp_path / "file").write_bytes(b"")
+    for call in (
+        lambda: LocalStore(tmp_path / "file").list(""),
+        lambda: LocalStore(tmp_path / "file").create("a", b""),
+    ):
+        with pytest.raises(StorageError, match=os.strerror(errno.ENOTDIR)):
+            call()
+
+
+def test_reading_creates_nothing(tmp_path, store):
+    assert list(store.list("a")) == []
+    assert list(store.children("")) == []
+    store.delete("a/b")
+    with pytest.raises(ObjectNotFound):
+        store.size("a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modes_follow_the_umask(tmp_path, store):
+    before = os.umask(0o027)
+    try:
+        store.create("a/b", b"x")
+        store.write("a/c").finish()
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "repository").rglob("*")}
+    assert modes == {"a": 0o750, "b": 0o640, "c": 0o640}
+
+
+def test_two_hundred_operations_leave_no_descriptor(tmp_path, store):
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        store.create(f"a/{number}", b"x")
+        for call in (
+            lambda: store.create("a/0", b"y"),
+            lambda: store.write("a/0"),
+            lambda: store.read("b/0", size_max=1),
+            lambda: store.read("a/0", size_max=0),
+            lambda: store.read_into("a/0", 5, memoryview(bytearray(1))),
+            lambda: store.create("a/0/x", b""),
+        ):
+            with pytest.raises(StorageError):
+                call()
+        writer = store.write(f"w/{number}")
+        writer.append(b"x")
+        writer.finish() if number % 2 else writer.abandon()
+        next(store.list(""))
+        next(store.children(""))
+        store.delete(f"a/{number + 1}")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_stream_nobody_ended_stays_as_a_dead_process_leaves_it(store):
+    before = len(os.listdir("/proc/self/fd"))
+    writer = store.write("a")
+    writer.append(b"abc")
+    del writer
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert store.read("a", size_max=3) == b"abc"
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_a_path_that_cannot_be_is_refused(path):
+    with pytest.raises(ValueError):
+        LocalStore(path)
