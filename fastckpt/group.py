@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import msgspec
 
 from fastckpt import errors
-from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SaveError
+from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SaveError, SnapshotDamaged
 
 log = logging.getLogger("fastckpt")
 
@@ -58,9 +58,9 @@ class Group(Protocol):
 class SoloGroup:
     """A group of one."""
 
-    rank = 0
-    size = 1
-    nodes = (0,)
+    rank: int = 0
+    size: int = 1
+    nodes: tuple[int, ...] = (0,)
 
     def exchange(
         self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
@@ -265,20 +265,22 @@ class _Wire(msgspec.Struct, array_like=True):
     error: str = ""
     message: str = ""
     ranks: list[int] = []
-    failures: list[tuple[int, str, str]] = []
+    failures: list[tuple[int, bytes]] = []
+    where: tuple[str | None, str | None, str | None, int | None] = (None, None, None, None)
 
 
 def encode_reply(reply: Reply) -> bytes:
     """A reply as bytes. Errors travel as name and message, rebuilt from a closed table: no pickle."""
     if isinstance(reply, bytes):
         return msgspec.msgpack.encode(_Wire(reply))
-    ranks = list(reply.missing_ranks) if isinstance(reply, CommitTimeout) else []
-    failures = reply.failures if isinstance(reply, RankFailed) else {}
-    return msgspec.msgpack.encode(
-        _Wire(
-            None, type(reply).__name__, str(reply), ranks, [(r, type(e).__name__, str(e)) for r, e in failures.items()]
-        )
-    )
+    wire = _Wire(None, type(reply).__name__, str(reply))
+    if isinstance(reply, CommitTimeout):
+        wire.ranks = list(reply.missing_ranks)
+    if isinstance(reply, RankFailed):
+        wire.failures = [(rank, encode_reply(error)) for rank, error in reply.failures.items()]
+    if isinstance(reply, SnapshotDamaged):
+        wire.where = (reply.key, reply.shard, reply.object, reply.offset)
+    return msgspec.msgpack.encode(wire)
 
 
 def decode_reply(data: bytes) -> Reply:
@@ -288,7 +290,11 @@ def decode_reply(data: bytes) -> Reply:
     if wire.error == "CommitTimeout":
         return CommitTimeout(wire.message, wire.ranks)
     if wire.error == "RankFailed":
-        return RankFailed(wire.message, {rank: _rebuilt(name, text) for rank, name, text in wire.failures})
+        failures = {rank: decode_reply(error) for rank, error in wire.failures}
+        return RankFailed(wire.message, {r: error for r, error in failures.items() if isinstance(error, BaseException)})
+    if wire.error == "SnapshotDamaged":
+        key, shard, name, offset = wire.where
+        return SnapshotDamaged(wire.message, key=key, shard=shard, object=name, offset=offset)
     return _rebuilt(wire.error, wire.message)
 
 

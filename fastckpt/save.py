@@ -62,6 +62,9 @@ class Offered(Protocol):
     def source(self, key: str, box: Box) -> Source:
         """The bytes of a box this rank offered."""
 
+    def check_unchanged(self) -> None:
+        """Called once everything has been read; raises if what was read may not be what the state was."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
@@ -78,6 +81,11 @@ class Agreed:
     @property
     def layout(self) -> Layout:
         return self.chunks.layout
+
+    @property
+    def largest_chunk_bytes(self) -> int:
+        """Of this rank's chunks."""
+        return max((self.chunks.raw_bytes(pieces) for _, pieces in self.mine), default=1)
 
     @property
     def mine_bytes(self) -> int:
@@ -168,9 +176,13 @@ class Saves:
         else:
             hello = msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered)))
         values = {} if isinstance(offered, BaseException) else {chunk_hash(blob) for blob in offered.values.values()}
-        answer = self._ask("hello", hello, lambda replies: self._on_hello(replies, sorted(values)))
-        if isinstance(offered, BaseException):
-            raise offered
+        try:
+            answer = self._ask("hello", hello, lambda replies: self._on_hello(replies, sorted(values)))
+        except FastckptError:
+            if isinstance(offered, BaseException):
+                raise offered from None  # the others are told; here it is the error itself that matters
+            raise
+        assert not isinstance(offered, BaseException)
         if not answer:
             try:
                 full: Reply = msgspec.msgpack.encode(_Full(offered.offer, offered.sampled(None)))
@@ -246,8 +258,9 @@ class Saves:
     def write(
         self, attempt: Attempt, offered: Offered, pool: Pool, trace: Trace, on_staged: Callable[[], None]
     ) -> ChunkWriter:
-        """Stages and writes this rank's chunks; its packs are durable on return. ``on_staged`` is called once the last
-        live tensor has been read. Raises what failed, with nothing staged or open left."""
+        """Stages and writes this rank's chunks; its packs are durable on return. ``on_staged`` is called once, when no
+        live tensor is going to be read any more, be it for a failure. Raises what failed, with nothing left staged or
+        open."""
         agreed = attempt.agreed
         layout = agreed.layout
         writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
@@ -277,9 +290,10 @@ class Saves:
                     pool.give(slot)
                     raise
                 staged.put((row, slot, size))
-            on_staged()
+            offered.check_unchanged()
         except BaseException as error:
             failures.append(error)
+        on_staged()
         for _ in threads:
             staged.put(None)
         for thread in threads:

@@ -35,6 +35,10 @@ class Trace:
         finally:
             self.add(Span(name, start, time.monotonic() - start, bytes, threading.get_ident()))
 
+    def add_since(self, name: str, start_seconds: float) -> None:
+        """Records a span from ``start_seconds`` (``time.monotonic()``) to now."""
+        self.add(Span(name, start_seconds, time.monotonic() - start_seconds, 0, threading.get_ident()))
+
     def add(self, span: Span) -> None:
         with self._lock:
             self._spans.append(span)

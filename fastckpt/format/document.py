@@ -96,7 +96,7 @@ def pack_table(table: Any) -> bytes:
 
 
 def unpack_table(data: bytes, kind: type[T], what: str) -> T:
-    """The table in ``data``, decoded as ``kind``. The caller has checked the digest. ``FormatError`` naming ``what``."""
+    """The table in ``data``, decoded as ``kind``; its digest has been checked. ``FormatError`` naming ``what``."""
     if len(data) < 16 or data[:8] != TABLE_MAGIC:
         raise FormatError(f"{what}: not a fastckpt table")
     raw_bytes = int.from_bytes(data[8:16], "little")

@@ -1,4 +1,4 @@
-"""Which boxes of the whole tensor a DTensor's local part holds, and on which ranks: pure functions of its placements."""
+"""Which boxes of the whole tensor a DTensor's local part holds, and on which ranks: functions of its placements."""
 
 from __future__ import annotations
 

@@ -7,12 +7,13 @@ is checked by sampling: pieces of what was read are compared with the live tenso
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import random
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import msgspec
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastckpt.errors import SaveError
+from fastckpt.errors import AttemptAborted, SaveError
 from fastckpt.format import value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.shard import Box, boxes_of_flat_range
@@ -50,7 +51,7 @@ class TensorSource:
     def fill(self, offset: int, buffer: memoryview) -> None:
         tensor, item = self._tensor, self._tensor.element_size()
         start, stop = offset // item, (offset + len(buffer)) // item
-        with self._staging.on_stream(tensor.device):
+        with self._staging.reading(), self._staging.on_stream(tensor.device):
             if tensor.is_contiguous():
                 _to_buffer(tensor.view(-1)[start:stop], buffer)
                 return
@@ -83,6 +84,9 @@ class Staging:
     def __init__(self, description: Description, copy: Sequence[str] = ()) -> None:
         """Copies what may change before the fence: buffers, plain tensors, and keys matching a glob in ``copy``."""
         self._held = description.held
+        self.mesh = description.mesh
+        self._lock = threading.Lock()
+        self._given_up = False
         self._events: dict[torch.device, torch.Event] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
         self._copied: set[str] = set()
@@ -96,7 +100,7 @@ class Staging:
         self._mark_streams()
         self.offer = _offer(description)
         self.digest = chunk_hash(msgspec.msgpack.encode(self.offer))
-        self.values = {name: _encode(name, tree) for name, tree in description.values.items()}
+        self.values: Mapping[str, bytes] = {name: _encode(name, tree) for name, tree in description.values.items()}
         self._samples = _Samples()
 
     def source(self, key: str, box: Box) -> TensorSource:
@@ -133,6 +137,19 @@ class Staging:
                     "wait_staged() before changing it"
                 )
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Held while a tensor is read. ``AttemptAborted`` after ``give_up``."""
+        with self._lock:
+            if self._given_up:
+                raise AttemptAborted("the attempt was given up: the fence had to let training go on")
+            yield
+
+    def give_up(self) -> None:
+        """From the return of this on, nothing is read any more. Any thread."""
+        with self._lock:
+            self._given_up = True
+
     def devices(self) -> set[torch.device]:
         return {view.device for view in self._live.values()}
 
@@ -144,10 +161,10 @@ class Staging:
                 event.record(torch.accelerator.current_stream(device))
                 self._events[device] = event
 
-    def on_stream(self, device: torch.device) -> AbstractContextManager[Any]:
+    def on_stream(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Copies from ``device`` go on a stream of their own, behind what was queued when ``save`` was called."""
         if device not in self._events:
-            return nullcontext()
+            return contextlib.nullcontext()
         if device not in self._streams:
             stream = torch.Stream(device)
             stream.wait_event(self._events[device])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -121,6 +122,8 @@ class Description:
     """Keys that are the same tensor as an earlier key of ``held``."""
     values: dict[str, object]
     optimizers: list[torch.optim.Optimizer]
+    mesh: DeviceMesh | None
+    """The device mesh of the first distributed parameter, for the environment record."""
 
 
 def describe(state: Mapping[str, Any]) -> Description:
@@ -133,7 +136,7 @@ def describe(state: Mapping[str, Any]) -> Description:
     aliases = _find_aliases(walk.held)
     for alias in aliases:
         del walk.held[alias]
-    return Description(walk.held, aliases, walk.values, walk.optimizers)
+    return Description(walk.held, aliases, walk.values, walk.optimizers, walk.mesh)
 
 
 def dtype_name(tensor: torch.Tensor, key: str) -> str:
@@ -160,6 +163,35 @@ def hold(
         pieces = ((box, tensor.detach()),) if box.elements else ()
     identity = _identity(tensor, pieces)
     return Held(key, tuple(tensor.shape), dtype, pieces, sharing, among, volatile, identity)
+
+
+def hold_shard(key: str, shard: Shard) -> Held:
+    """A box of a larger tensor as this rank holds it."""
+    if isinstance(shard.tensor, DTensor):
+        raise TypeError(f"{key}: a Shard of a DTensor; a DTensor knows its own boxes, save it as it is")
+    local = hold(key, shard.tensor)
+    box = Box(tuple(shard.offsets), tuple(shard.tensor.shape))
+    pieces = ((box, shard.tensor.detach()),) if box.elements else ()
+    identity = ("shard", tuple(shard.shape), box, local.identity)
+    return Held(key, tuple(shard.shape), local.dtype, pieces, COMPARED, (), True, identity)
+
+
+def describe_modules(name: str, root: nn.Module) -> tuple[list[Held], dict[str, nn.Module]]:
+    """The parameters and persistent buffers below a module, and the modules that have an extra state, by its key."""
+    held: list[Held] = []
+    extra: dict[str, nn.Module] = {}
+    for path, module, among in walk_modules(root):
+        prefix = f"{name}.{path}." if path else f"{name}."
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                sharing = KNOWN if among else COMPARED
+                held.append(hold(prefix + own, parameter, sharing=sharing, among=among))
+        for own, buffer in module._buffers.items():
+            if buffer is not None and own not in module._non_persistent_buffers_set:
+                held.append(hold(prefix + own, buffer, sharing=LOWEST, volatile=True))
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            extra[f"{prefix}_extra_state"] = module
+    return held, extra
 
 
 def _identity(tensor: torch.Tensor, pieces: tuple[tuple[Box, torch.Tensor], ...]) -> tuple[Any, ...]:
@@ -191,6 +223,7 @@ class _Walk:
         self.held: dict[str, Held] = {}
         self.values: dict[str, object] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.mesh: DeviceMesh | None = None
         self.names = ParameterNames(state)
 
     def item(self, name: str, item: Any) -> None:
@@ -199,7 +232,7 @@ class _Walk:
         elif isinstance(item, torch.optim.Optimizer):
             self.optimizer(name, item)
         elif isinstance(item, Shard):
-            self.shard(name, item)
+            self.add(hold_shard(name, item))
         elif isinstance(item, torch.Tensor):
             self.add(hold(name, item, volatile=True))
         else:
@@ -211,17 +244,13 @@ class _Walk:
         self.held[held.key] = held
 
     def module(self, name: str, root: nn.Module) -> None:
-        for path, module, among in walk_modules(root):
-            prefix = f"{name}.{path}." if path else f"{name}."
-            for own, parameter in module._parameters.items():
-                if parameter is not None:
-                    sharing = KNOWN if among else COMPARED
-                    self.add(hold(prefix + own, parameter, sharing=sharing, among=among))
-            for own, buffer in module._buffers.items():
-                if buffer is not None and own not in module._non_persistent_buffers_set:
-                    self.add(hold(prefix + own, buffer, sharing=LOWEST, volatile=True))
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
-                self.value(f"{prefix}_extra_state", module.get_extra_state())
+        held, extra = describe_modules(name, root)
+        for entry in held:
+            self.add(entry)
+        meshes = (parameter.device_mesh for parameter in root.parameters() if isinstance(parameter, DTensor))
+        self.mesh = self.mesh or next(meshes, None)
+        for key, module in extra.items():
+            self.value(key, module.get_extra_state())
 
     def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         self.optimizers.append(optimizer)
@@ -252,15 +281,6 @@ class _Walk:
             for group in optimizer.param_groups
         ]
         self.value(name, {"param_groups": groups, "state": scalars})
-
-    def shard(self, name: str, shard: Shard) -> None:
-        local = hold(name, shard.tensor, volatile=True)
-        if isinstance(shard.tensor, DTensor):
-            raise TypeError(f"{name}: a Shard of a DTensor; a DTensor knows its own boxes, save it as it is")
-        box = Box(tuple(shard.offsets), tuple(shard.tensor.shape))
-        pieces = ((box, shard.tensor.detach()),) if box.elements else ()
-        identity = ("shard", tuple(shard.shape), box, local.identity)
-        self.add(Held(name, tuple(shard.shape), local.dtype, pieces, COMPARED, (), True, identity))
 
     def value(self, name: str, value: object) -> None:
         tree, tensors = to_plain(value, name)

@@ -72,7 +72,7 @@ def from_plain(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(tree, TorchSize):
         return torch.Size(tree.sizes)
     if isinstance(tree, TorchDtype):
-        return _dtype(tree.name)
+        return torch_dtype(tree.name)
     if isinstance(tree, TorchDevice):
         try:
             return torch.device(tree.name)
@@ -191,7 +191,7 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _tensor(value: TensorValue) -> torch.Tensor:
-    dtype = _dtype(value.dtype)
+    dtype = torch_dtype(value.dtype)
     raw = torch.from_numpy(np.frombuffer(value.data, np.uint8).copy()) if value.data else torch.empty(0).byte()
     tensor = raw.view(dtype).reshape(value.shape)
     device = value.device.partition(":")[0]
@@ -208,7 +208,7 @@ def _devices() -> Iterator[str]:
             yield accelerator.type
 
 
-def _dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedVersion(f"this torch ({torch.__version__}) has no {name}; use a newer one")

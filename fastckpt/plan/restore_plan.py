@@ -2,11 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastckpt.format.shard import Box, boxes_of_flat_range
-from fastckpt.format.tables import Chunks, Piece
+from fastckpt.format.tables import SHARED, Chunks, Layout, Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a snapshot under the name it is looked for by."""
+
+    number: int
+    """Of the key in the layout."""
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Selection:
+    """Which names of a snapshot a restore looks at, and what it calls them."""
+
+    def __init__(self, only: Sequence[str] = (), rename: Mapping[str, str] | None = None) -> None:
+        """``only``: globs on names of the state; none means all. ``rename``: prefixes of the snapshot's names to
+        prefixes of the state's; the longest that fits counts."""
+        self._only = tuple(only)
+        self._rename = sorted((rename or {}).items(), key=lambda item: len(item[0]), reverse=True)
+
+    def renamed(self, name: str) -> str:
+        """What a name of the snapshot is called in the state."""
+        for old, new in self._rename:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+    def may_have(self, top: str) -> bool:
+        """Whether anything at or below a top-level name of the state may be selected."""
+        return not self._only or any(
+            fnmatch.fnmatchcase(top, glob) or glob.startswith((f"{top}.", "*")) for glob in self._only
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether a name of the state is selected."""
+        return not self._only or any(fnmatch.fnmatchcase(name, glob) for glob in self._only)
+
+
+class Catalog:
+    """The tensors of a snapshot that one rank may restore, by their names in the state."""
+
+    def __init__(self, layout: Layout, rank: int, world_size: int, selection: Selection) -> None:
+        self.tensors: dict[str, Stored] = {}
+        self.lost: dict[str, int] = {}
+        """Tensors that each rank had its own of, in a world of that many ranks, which is not this one."""
+        self._stored_by = dict(layout.aliases)
+        same_world = len(layout.rank_nodes) == world_size
+        for number, (key, owner) in enumerate(zip(layout.keys, layout.owners, strict=True)):
+            name = selection.renamed(key)
+            if not selection.has(name):
+                continue
+            if owner in (SHARED, rank) and (owner == SHARED or same_world):
+                self.tensors[name] = Stored(number, layout.dtypes[number], tuple(layout.shapes[number]))
+            elif not same_world:
+                self.lost[name] = len(layout.rank_nodes)
+
+    def same_tensor(self, a: int, b: int) -> bool:
+        """Whether two keys, by number, are one stored tensor."""
+        return self._stored_by.get(a, a) == self._stored_by.get(b, b)
+
+    def below(self, prefix: str) -> dict[str, Stored]:
+        """The tensors whose name starts with ``prefix``, by the rest of their name."""
+        return {name[len(prefix) :]: stored for name, stored in self.tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import builtins
 import concurrent.futures
 import fnmatch
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,6 +73,7 @@ class Snapshot:
         self._chunks: Chunks | None = None
         self._parts: dict[int, Part] = {}
         self._rows: dict[int, Rows] = {}
+        self._blobs: dict[int, dict[builtins.bytes, builtins.bytes]] = {}
 
     def __repr__(self) -> str:
         return f"Snapshot(step={self.step}, bytes={self.bytes}, created={self.created!r})"
@@ -182,7 +182,8 @@ class Snapshot:
                         f"{info.name}: has {size} bytes where {info.size} were written", object=info.name, offset=size
                     )
         for rank in range(self.world_size):
-            self.value_digests(rank)
+            for name in self.table(rank).values:
+                self.value_blob(name, rank)
 
     def _metadata(self, name: str, size_max: int) -> builtins.bytes:
         try:
@@ -205,11 +206,18 @@ class Snapshot:
     def value(self, name: str, rank: int = 0) -> object:
         """A plain value as one rank saved it. Tensors in it are ``fastckpt.format.value`` leaves. ``KeyError`` if that
         rank saved none of this name."""
+        blob = self.value_blob(name, rank)
+        return self._undamaged(names.part(self.attempt, self.layout.rank_nodes[rank]), lambda: value.decode(blob))
+
+    def value_blob(self, name: str, rank: int = 0) -> builtins.bytes:
+        """A plain value as it is encoded. ``KeyError`` if that rank saved none of this name."""
         digest = self.table(rank).values[name]
         for node in dict.fromkeys((self.layout.rank_nodes[rank], 0)):
-            for blob in self.part(node).blobs:
-                if chunk_hash(blob) == digest:
-                    return self._undamaged(names.part(self.attempt, node), functools.partial(value.decode, blob))
+            with self._lock:
+                if node not in self._blobs:
+                    self._blobs[node] = {chunk_hash(blob): blob for blob in self.part(node).blobs}
+                if digest in self._blobs[node]:
+                    return self._blobs[node][digest]
         part = names.part(self.attempt, self.layout.rank_nodes[rank])
         raise SnapshotDamaged(
             f"step {self.step}: {part} does not hold value {name!r} of rank {rank}", key=name, object=part

@@ -62,11 +62,17 @@ class Repository:
         """The snapshot of ``step``, or the latest. ``SnapshotNotFound`` naming the steps there are."""
         return find(self.snapshots(), step, self.url)
 
-    def choose(self, step: int | None, has_what_is_asked: Callable[[Snapshot], bool]) -> Snapshot | None:
+    def choose(
+        self,
+        step: int | None,
+        has_what_is_asked: Callable[[Snapshot], bool],
+        except_for: frozenset[str] = frozenset(),
+    ) -> Snapshot | None:
         """The snapshot to restore. An explicit step is exact. Otherwise the last one that has what is asked for and
         whose metadata checks out; newer ones passed over are named in the log with the reason. None if the repository
-        holds no snapshot at all. If there are some but none will do, the last one's error is raised."""
-        snapshots = self.snapshots()
+        holds no snapshot at all. If there are some but none will do, the last one's error is raised. Attempts in
+        ``except_for`` are not considered."""
+        snapshots = [snapshot for snapshot in self.snapshots() if snapshot.attempt not in except_for]
         if step is not None:
             chosen = find(snapshots, step, self.url)
             chosen.check()

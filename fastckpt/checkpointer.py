@@ -1,0 +1,440 @@
+"""What users hold: the Checkpointer of a training loop, and the Pending it hands out for each save."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+from fastckpt import restore as restore_flow
+from fastckpt.buffers import Pool
+from fastckpt.errors import (
+    FastckptError,
+    RestoreError,
+    SaveError,
+    SnapshotDamaged,
+    SnapshotExists,
+    SnapshotNotFound,
+    StateMismatch,
+)
+from fastckpt.format.decision import check_labels
+from fastckpt.job.environment import environment
+from fastckpt.job.group import job_group
+from fastckpt.job.staging import Fence, Staging, staging_bytes
+from fastckpt.job.state import broken_step_hook_reason, describe
+from fastckpt.job.targets import RestoredValue, Targets, find_targets
+from fastckpt.options import Options
+from fastckpt.plan.restore_plan import Catalog, Selection
+from fastckpt.repository import repository
+from fastckpt.repository.reader import Snapshot
+from fastckpt.save import Attempt, Labels, Saves
+from fastckpt.storage.open import open_store
+from fastckpt.trace import Trace
+
+log = logging.getLogger("fastckpt")
+
+CLOSE_SECONDS_AFTER_ERROR = 60.0
+
+
+class Pending:
+    """One save on its way: staged, then written, then committed; or failed. Any thread may ask and wait."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._started = time.monotonic()
+        self._trace = Trace()
+        self._staged = threading.Event()
+        self._finished = threading.Event()
+        self._status: Literal["staging", "staged", "written", "committed", "failed"] = "staging"
+        self._error: BaseException | None = None
+        self._raised = False
+        self._snapshot: Snapshot | None = None
+
+    def __repr__(self) -> str:
+        return f"Pending(step={self.step}, status={self.status!r})"
+
+    @property
+    def status(self) -> str:
+        """ "staging", "staged", "written", "committed" or "failed"."""
+        return self._status
+
+    @property
+    def done(self) -> bool:
+        """Whether it is committed or failed."""
+        return self._finished.is_set()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What was committed. ``SaveError`` before it is."""
+        if self._snapshot is None:
+            raise SaveError(f"step {self.step} is not committed; it is {self.status}")
+        return self._snapshot
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed, if it did."""
+        return self._error
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Seconds and bytes by stage, so far: ``stage_seconds``, ``write_bytes``, ``commit_seconds`` and so on."""
+        return self._trace.counters()
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Waits until the last live tensor has been read; from then on anything may change. ``TimeoutError`` after
+        ``timeout`` seconds. A failure is not raised here: a save that failed reads nothing any more."""
+        if not self._staged.wait(timeout):
+            raise TimeoutError(f"step {self.step} was not staged within {timeout} s")
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until the snapshot is committed; raises what went wrong, naming ranks. ``TimeoutError`` after
+        ``timeout`` seconds."""
+        if not self._finished.wait(timeout):
+            raise TimeoutError(f"step {self.step} was not committed within {timeout} s; it is {self.status}")
+        if self._error is not None:
+            self._raised = True
+            raise self._error
+
+    def _mark(self, status: Literal["staged", "written"]) -> None:
+        self._status = status
+        if status == "staged":
+            self._staged.set()
+
+    def _finish(self, error: BaseException | None) -> None:
+        self._error = error
+        self._status = "committed" if error is None else "failed"
+        self._staged.set()
+        self._finished.set()
+
+
+class Checkpointer:
+    """Saves and restores the state of a training job.
+
+    Every rank makes one, in the same order, and makes the same calls; one thread a rank. Use it in a ``with`` block:
+    leaving it waits for the last commit.
+    """
+
+    def __init__(self, url: str, *, options: Options | None = None, create: bool = True) -> None:
+        """``url``: a path, ``file:///...`` or ``memory://name``. The repository is made by the first save.
+
+        ``RepositoryNotFound`` if there is something else at ``url``, or nothing and ``create`` is False;
+        ``RuntimeError`` if this is one of several ranks but ``torch.distributed`` has no process group.
+        """
+        self._options = options or Options()
+        self._store = open_store(url)
+        if not repository.exists(self._store) and not create:
+            repository.Repository(self._store)  # raises, saying what is there
+        self._group = job_group(self._options.commit_seconds_max)
+        self._saves = Saves(self._store, self._group, self._options)
+        self._restores = restore_flow.Restores(self._store, self._group, self._options.commit_seconds_max)
+        self._pending: Pending | None = None
+        self._staging: Staging | None = None
+        self._thread: threading.Thread | None = None
+        self._pool: Pool | None = None
+        self._steps: set[int] = set()
+        self._cleaned = False
+        self._broken: BaseException | None = None
+        self._closed = False
+        self._fence = Fence(self._hold_step) if self._options.fence == "hook" else None
+        # Daemon threads die with the interpreter; a save that was started is given a minute to get through.
+        atexit.register(_close_at_exit, weakref.ref(self))
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def save(
+        self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: str = ""
+    ) -> Pending:
+        """Starts saving ``state`` as the snapshot of ``step`` and returns; the rest happens behind the training loop.
+
+        Parameters and optimizer state are read until the next ``Optimizer.step``, which waits for that; everything else
+        in the state is copied before this returns. Raises what a previous save failed with, ``SnapshotExists`` if this
+        writer has saved the step before, and ``ValueError`` or ``TypeError`` naming keys that cannot be saved. The
+        first save, and one whose layout is new, meets the other ranks before it returns.
+        """
+        self._check_usable()
+        labels = Labels(metrics={name: float(number) for name, number in (metrics or {}).items()}, note=note)
+        check_labels(step, dict(labels.metrics), labels.note)
+        self._raise_earlier()
+        if step in self._steps:
+            raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
+        if self._pending is not None:
+            self._pending.wait_staged()  # its buffers are what this save will use
+        pending = Pending(step)
+        offered: Staging | BaseException
+        try:
+            description = describe(state)
+            offered = Staging(description, self._options.copy)
+            copy = self._options.fence == "copy" or broken_step_hook_reason(description.optimizers) is not None
+        except Exception as error:
+            offered, copy = error, False
+        attempt: Attempt | None = None
+        if isinstance(offered, BaseException) or not self._saves.expects(offered):
+            self._join()
+            self._raise_earlier()
+            attempt = self._saves.agree(step, offered)
+        assert isinstance(offered, Staging)
+        if self._group.rank == 0:
+            labels.environment = environment(
+                mesh=offered.mesh, hosts=self._options.record_hosts, nodes=self._group.nodes
+            )
+        self._steps.add(step)
+        self._pending, self._staging = pending, offered
+        before = self._thread
+        self._thread = threading.Thread(
+            target=self._run, args=(pending, offered, attempt, labels, before), name="fastckpt-save", daemon=True
+        )
+        self._thread.start()
+        if copy:
+            self._hold_step()
+        pending._trace.add_since("return", pending._started)
+        return pending
+
+    def _run(
+        self,
+        pending: Pending,
+        staging: Staging,
+        attempt: Attempt | None,
+        labels: Labels,
+        before: threading.Thread | None,
+    ) -> None:
+        """The part of a save that happens behind the training loop."""
+        try:
+            if before is not None:
+                before.join()
+            if attempt is None:
+                attempt = self._saves.agree(pending.step, staging)
+            written: Any
+            try:
+                pool = self._staging_pool(attempt)
+                written = self._saves.write(attempt, staging, pool, pending._trace, lambda: pending._mark("staged"))
+                pending._mark("written")
+            except Exception as error:
+                written = error
+            pending._staged.set()
+            live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
+            pending._snapshot = Snapshot(self._store, live)
+        except BaseException as error:
+            self._steps.discard(pending.step)
+            pending._finish(error)
+            return
+        pending._finish(None)
+        self._log_commit(pending)
+        self._clean()
+
+    def _staging_pool(self, attempt: Attempt) -> Pool:
+        """The pool, made or enlarged to fit; its memory is kept from one save to the next."""
+        agreed = attempt.agreed
+        on_node = sum(node == self._group.nodes[self._group.rank] for node in self._group.nodes)
+        budget = self._options.staging_bytes_max or staging_bytes(agreed.mine_bytes, on_node)
+        slot_bytes = agreed.largest_chunk_bytes
+        count = max(2, min(len(agreed.mine), math.ceil(budget / slot_bytes)))
+        if self._pool is not None and (self._pool.slot_bytes < slot_bytes or self._pool.count < count):
+            self._pool.close()
+            self._pool = None
+        if self._pool is None:
+            self._pool = Pool(slot_bytes, count)
+        self._pool.reset()
+        return self._pool
+
+    def _log_commit(self, pending: Pending) -> None:
+        if self._group.rank == 0:
+            seconds = time.monotonic() - pending._started
+            log.info(
+                "%s: committed step %d: %d bytes in %.3f s", self.url, pending.step, pending.snapshot.bytes, seconds
+            )
+
+    def _clean(self) -> None:
+        """Once a job: removes what dead attempts of earlier jobs left behind."""
+        if self._cleaned:
+            return
+        self._cleaned = True
+        try:
+            self._saves.clean()
+        except FastckptError as error:  # harmless, and the next job tries again
+            log.warning("%s: could not remove what earlier attempts left behind: %s", self.url, error)
+
+    def _hold_step(self) -> None:
+        """The fence: waits until what is being saved has been read, or gives the attempt up."""
+        pending = self._pending
+        if pending is None or pending._staged.is_set():
+            return
+        start = time.monotonic()
+        if not pending._staged.wait(self._options.fence_seconds_max):
+            self._give_up(pending)
+        pending._trace.add_since("fence", start)
+
+    def _give_up(self, pending: Pending) -> None:
+        """Ends the reading of live tensors, so that training may go on."""
+        log.warning(
+            "%s: step %d is given up: it was not staged within fence_seconds_max=%.0f s",
+            self.url,
+            pending.step,
+            self._options.fence_seconds_max,
+        )
+        if self._staging is not None:
+            self._staging.give_up()
+        if self._pool is not None:
+            self._pool.cancel()  # staging may be waiting for a buffer
+        pending._staged.set()
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Waits until no live tensor is being read; then anything in the state may be changed by any means."""
+        if self._pending is not None:
+            self._pending.wait_staged(timeout)
+
+    def restore(
+        self,
+        state: dict[str, Any],
+        step: int | None = None,
+        *,
+        only: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        missing: Literal["raise", "keep"] = "raise",
+        cast: bool = False,
+        policy: Literal["strict", "previous"] = "strict",
+    ) -> int | None:
+        """Restores ``state`` in place from the newest snapshot, or that of ``step``; returns its step, or None if there
+        is no snapshot yet (an explicit step then is ``SnapshotNotFound``). All ranks call it; all restore the same
+        snapshot or all raise.
+
+        ``state`` may name part of what was saved. ``only``: globs of names to restore. ``rename``: prefixes of saved
+        names to prefixes of names in the state. ``missing="keep"`` leaves alone what the snapshot has not. ``cast``
+        converts dtypes. ``policy="previous"`` goes on with the snapshot before where one proves to be damaged.
+
+        ``StateMismatch`` lists everything that does not fit, before anything is changed; ``SnapshotDamaged`` names key,
+        shard, object and offset: then part of the state holds new values, and saving is refused until a restore
+        succeeds.
+        """
+        if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
+            raise ValueError(f"missing={missing!r} or policy={policy!r} is not one of the values it may have")
+        if isinstance(only, str):
+            raise TypeError(f"only={only!r} is a list of globs, not a string")
+        self._check_usable(restoring=True)
+        self._join()
+        selection = Selection(only, rename)
+        names = [name for name in state if missing == "raise" and selection.may_have(name)] if not rename else []
+        damaged: set[str] = set()
+        while True:
+            snapshot = self._restores.choose(step, names, frozenset(damaged))
+            if snapshot is None:
+                if step is not None:
+                    raise SnapshotNotFound(f"{self.url}: no snapshot of step {step}: there is none at all")
+                if self._group.rank == 0:
+                    log.warning("no snapshot in %s, starting at 1", self.url)
+                return None
+            try:
+                self._restore_from(snapshot, state, selection, missing == "keep", cast)
+            except SnapshotDamaged as error:
+                if policy == "strict":
+                    raise
+                log.warning("%s: step %d is damaged, going on with the one before: %s", self.url, snapshot.step, error)
+                damaged.add(snapshot.attempt)
+                if step is not None:
+                    step = None
+                continue
+            # Steps beyond are no longer this run's past: it may come to them again.
+            self._steps = {saved for saved in self._steps if saved <= snapshot.step}
+            return snapshot.step
+
+    def _restore_from(
+        self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
+    ) -> None:
+        targets = self._restores.all_succeeded(
+            "plan", lambda: self._targets(snapshot, state, selection, keep_missing, cast)
+        )
+        self._broken = RestoreError("a restore did not finish: part of the state holds new values, part old ones")
+        self._restores.all_succeeded("read", lambda: self._read(snapshot, targets))
+        self._broken = None
+
+    def _targets(
+        self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
+    ) -> Targets:
+        rank, size = self._group.rank, self._group.size
+        values = {
+            name: RestoredValue(blob, exact, snapshot.world_size)
+            for name, (blob, exact) in restore_flow.values_of(snapshot, rank, size, selection).items()
+        }
+        catalog = Catalog(snapshot.layout, rank, size, selection)
+        targets = find_targets(state, catalog, values, selection, keep_missing=keep_missing, cast=cast, rank=rank)
+        if targets.problems:
+            shown = "\n  ".join(targets.problems[:50])
+            more = f"\n  and {len(targets.problems) - 50} more" if len(targets.problems) > 50 else ""
+            raise StateMismatch(
+                f"{self.url}: step {snapshot.step} does not fit the state; nothing was changed:\n  {shown}{more}"
+            )
+        return targets
+
+    @staticmethod
+    def _read(snapshot: Snapshot, targets: Targets) -> None:
+        for install in targets.install:
+            install()
+        snapshot.read_into(targets.wants, targets.sinks)
+        for apply in targets.apply:
+            apply()
+
+    def snapshots(self) -> list[Snapshot]:
+        """The snapshots in the repository, as this rank sees them now, oldest first."""
+        return repository.Repository(self._store).snapshots() if repository.exists(self._store) else []
+
+    def close(self, timeout: float | None = None) -> None:
+        """Waits for the last commit and raises what it failed with. May be called again. ``TimeoutError`` after
+        ``timeout`` seconds; the save then goes on behind."""
+        if self._fence is not None:
+            self._fence.close()
+        self._closed = True
+        if self._pending is not None:
+            if not self._pending._finished.wait(timeout):
+                raise TimeoutError(f"step {self._pending.step} was not committed within {timeout} s")
+            self._join()
+            self._raise_earlier()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close(CLOSE_SECONDS_AFTER_ERROR)
+        except Exception as second:  # the first error is what the user must see; this one comes with it
+            error.add_note(f"fastckpt: the last save did not get through either: {type(second).__name__}: {second}")
+
+    def _check_usable(self, restoring: bool = False) -> None:
+        if self._closed:
+            raise SaveError(f"{self.url}: this Checkpointer is closed")
+        if self._broken is not None and not restoring:
+            raise SaveError(
+                f"{self.url}: not saving: {self._broken}. Restore successfully first, or make a new Checkpointer"
+            ) from self._broken
+
+    def _raise_earlier(self) -> None:
+        """Raises what the last save failed with, unless its ``wait`` already did."""
+        pending = self._pending
+        if pending is not None and pending.done and pending.error is not None and not pending._raised:
+            pending._raised = True
+            raise pending.error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _close_at_exit(reference: weakref.ref[Checkpointer]) -> None:
+    checkpointer = reference()
+    if checkpointer is not None and checkpointer._pending is not None and not checkpointer._pending.done:
+        log.warning("%s: waiting for the last save; close the Checkpointer to see how it ends", checkpointer.url)
+        checkpointer._pending._finished.wait(CLOSE_SECONDS_AFTER_ERROR)

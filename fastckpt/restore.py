@@ -1,0 +1,117 @@
+"""The restore flow, the mirror image of save.
+
+choose   the coordinator alone lists; every rank gets the same snapshot and the digest of its index
+plan     what fits and what does not, found on every rank before anything changes on any
+read     pack -> buffer -> verify -> decode -> tensor, in place
+agree    one rank failed: all raise, naming it
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from fastckpt.errors import CommitTimeout, RankFailed, RestoreError, SnapshotDamaged
+from fastckpt.format.decision import Live
+from fastckpt.group import Assembly, Group, Reply
+from fastckpt.plan.restore_plan import Selection
+from fastckpt.repository import repository
+from fastckpt.repository.reader import Snapshot
+from fastckpt.storage.store import Store
+
+log = logging.getLogger("fastckpt")
+
+T = TypeVar("T")
+
+
+class Restores:
+    """The restores of one rank from one repository. On the main thread, by all ranks in the same order."""
+
+    def __init__(self, store: Store, group: Group, seconds_max: float) -> None:
+        self._store = store
+        self._assembly = Assembly(group)
+        self._group = group
+        self._seconds_max = seconds_max
+        self._count = 0
+
+    def choose(
+        self, step: int | None, names: Sequence[str], except_for: frozenset[str] = frozenset()
+    ) -> Snapshot | None:
+        """The snapshot all ranks restore, or None if there is none. ``names``: the top-level names asked for.
+        ``except_for``: attempts that proved to be damaged."""
+
+        def decide(_: Mapping[int, bytes]) -> bytes:
+            if not repository.exists(self._store):
+                return msgspec.msgpack.encode(None)
+            found = repository.Repository(self._store).choose(step, lambda snapshot: _has(snapshot, names), except_for)
+            return msgspec.msgpack.encode(None if found is None else found.live)
+
+        answer = self._ask("choose", b"", decide)
+        live = msgspec.msgpack.decode(answer, type=Live | None)
+        return None if live is None else Snapshot(self._store, live)
+
+    def all_succeeded(self, name: str, run: Callable[[], T]) -> T:
+        """Runs ``run`` on every rank; if it raises on any, all raise."""
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = run()
+        except Exception as error:
+            failure = error
+        try:
+            self._ask(name, b"" if failure is None else failure, lambda _: b"")
+        except (RankFailed, CommitTimeout) as error:
+            if failure is not None:
+                raise failure from None
+            raise _as_restore_error(error) from error
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def _ask(self, name: str, reply: Reply, decide: Callable[[dict[int, bytes]], bytes]) -> bytes:
+        self._count += 1
+        return self._assembly.ask(
+            f"restore-{self._count}/{name}", reply, decide, seconds=self._seconds_max, what="all ranks to restore"
+        )
+
+
+def values_of(snapshot: Snapshot, rank: int, world_size: int, selection: Selection) -> dict[str, tuple[bytes, bool]]:
+    """The plain values that a rank may restore: encoded, and whether they are exact.
+
+    In a world of the same size each rank gets its own. In another, a value that all ranks had equal; of others, rank
+    0's, marked as not exact.
+    """
+    same_world = snapshot.world_size == world_size
+    source = rank if same_world else 0
+    digests = [snapshot.value_digests(number) for number in ([rank] if same_world else range(snapshot.world_size))]
+    found: dict[str, tuple[bytes, bool]] = {}
+    for name in {name: None for own in digests for name in own}:
+        renamed = selection.renamed(name)
+        if selection.has(renamed) and name in snapshot.value_digests(source):
+            exact = same_world or len({own.get(name) for own in digests}) == 1
+            found[renamed] = (snapshot.value_blob(name, source), exact)
+    return found
+
+
+def _has(snapshot: Snapshot, names: Sequence[str]) -> bool:
+    """Whether a snapshot has something under each of these names."""
+    tops = {key.split(".", 1)[0] for key in snapshot.layout.keys}
+    tops |= {name.split(".", 1)[0] for name in snapshot.value_digests(0)}
+    return all(name.split(".", 1)[0] in tops for name in names)
+
+
+def _as_restore_error(error: RankFailed | CommitTimeout) -> RestoreError:
+    """What other ranks raise: the failed rank's own kind of error, naming it."""
+    failures = error.failures if isinstance(error, RankFailed) else {}
+    for rank, failure in sorted(failures.items()):
+        message = f"rank {rank}: {failure}"
+        if isinstance(failure, SnapshotDamaged):
+            return SnapshotDamaged(
+                message, key=failure.key, shard=failure.shard, object=failure.object, offset=failure.offset
+            )
+        if isinstance(failure, RestoreError):
+            return type(failure)(message)
+    return RestoreError(str(error))
