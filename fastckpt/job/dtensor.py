@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, placement_types
 from torch.distributed.tensor import Shard as ShardPlacement
-from torch.distributed.tensor.placement_types import _StridedShard, _StridedShardOffsetMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fastckpt.format.shard import Box
 
@@ -57,7 +57,7 @@ def _runs(
         if isinstance(placement, _StridedShard):
             held = indices[placement.dim]
             _, offsets = placement._local_shard_size_and_offset(
-                len(held), size, at, offset_mode=_StridedShardOffsetMode.ALL
+                len(held), size, at, offset_mode=placement_types._StridedShardOffsetMode.ALL
             )
             assert isinstance(offsets, list)
             indices[placement.dim] = [held[offset] for offset in offsets]

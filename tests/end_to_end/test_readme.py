@@ -1,0 +1,43 @@
+"""The code shown in README.md runs as it stands there, but for where it writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import fastckpt
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(block: str, tmp_path: Path, names: dict[str, object]) -> dict[str, object]:
+    assert "file:///tmp/run-42" in block
+    exec(compile(block.replace("file:///tmp/run-42", (tmp_path / "run").as_uri()), "README.md", "exec"), names)
+    return names
+
+
+def test_the_first_loop_of_the_readme_saves_and_resumes(tmp_path: Path) -> None:
+    run(BLOCKS[0], tmp_path, {})
+    assert [snapshot.step for snapshot in fastckpt.open(str(tmp_path / "run")).snapshots()] == [50, 100]
+    assert run(BLOCKS[0], tmp_path, {})["first"] == 101
+
+
+def test_the_restores_of_the_readme_run(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 16)])
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    with fastckpt.Checkpointer((tmp_path / "run").as_uri()) as ckpt:
+        ckpt.save(500, state)
+        run(BLOCKS[1], tmp_path, {"ckpt": ckpt, "state": state, "model": model, "fastckpt": fastckpt})
+
+
+def test_the_readme_shows_the_commands_that_exist() -> None:
+    import click
+
+    from fastckpt.cli.main import commands
+
+    shown = set(re.findall(r"^fastckpt +([a-z]+)", README, re.MULTILINE))
+    assert shown == set(commands.list_commands(click.Context(commands))) - {"completion"}
