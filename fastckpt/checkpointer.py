@@ -321,10 +321,13 @@ class Checkpointer:
         self._join()
         selection = Selection(only, rename)
         names = [name for name in state if missing == "raise" and selection.may_have(name)] if not rename else []
-        damaged: set[str] = set()
+        before: int | None = None
+        damage: SnapshotDamaged | None = None
         while True:
-            snapshot = self._restores.choose(step, names, frozenset(damaged))
+            snapshot = self._restores.choose(step, names, before=before, or_earlier=policy == "previous")
             if snapshot is None:
+                if damage is not None:
+                    raise damage  # there is none before it: starting afresh is not for us to decide
                 if step is not None:
                     raise SnapshotNotFound(f"{self.url}: no snapshot of step {step}: there is none at all")
                 if self._group.rank == 0:
@@ -336,9 +339,7 @@ class Checkpointer:
                 if policy == "strict":
                     raise
                 log.warning("%s: step %d is damaged, going on with the one before: %s", self.url, snapshot.step, error)
-                damaged.add(snapshot.attempt)
-                if step is not None:
-                    step = None
+                step, before, damage = None, snapshot.live.decision, error
                 continue
             # Steps beyond are no longer this run's past: it may come to them again.
             self._steps = {saved for saved in self._steps if saved <= snapshot.step}

@@ -161,15 +161,16 @@ def combined(failures: Mapping[int, BaseException]) -> FastckptError:
     missing = [error for error in failures.values() if isinstance(error, CommitTimeout)]
     if len(missing) == len(failures):
         ranks = sorted({rank for error in missing for rank in error.missing_ranks})
-        return CommitTimeout(f"{missing[0]} (missing: {_ranks(ranks)})", ranks)
+        named = f" (missing: {_ranks(ranks)})" if ranks else ""
+        return CommitTimeout(f"{missing[0]}{named}", ranks)
     real = {rank: error for rank, error in failures.items() if not isinstance(error, CommitTimeout)} or dict(failures)
     # A RankFailed from a node's leader names the ranks that truly failed; it is not a failure of the leader.
-    named: dict[int, BaseException] = {}
+    failed: dict[int, BaseException] = {}
     for rank, error in real.items():
-        named.update(error.failures if isinstance(error, RankFailed) and error.failures else {rank: error})
-    text = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in sorted(named.items())[:8])
-    more = f"; and {len(named) - 8} more" if len(named) > 8 else ""
-    return RankFailed(f"{_ranks(sorted(named))} failed: {text}{more}", named)
+        failed.update(error.failures if isinstance(error, RankFailed) and error.failures else {rank: error})
+    text = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in sorted(failed.items())[:8])
+    more = f"; and {len(failed) - 8} more" if len(failed) > 8 else ""
+    return RankFailed(f"{_ranks(sorted(failed))} failed: {text}{more}", failed)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

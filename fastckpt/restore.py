@@ -38,15 +38,17 @@ class Restores:
         self._count = 0
 
     def choose(
-        self, step: int | None, names: Sequence[str], except_for: frozenset[str] = frozenset()
+        self, step: int | None, names: Sequence[str], *, before: int | None = None, or_earlier: bool = False
     ) -> Snapshot | None:
-        """The snapshot all ranks restore, or None if there is none. ``names``: the top-level names asked for.
-        ``except_for``: attempts that proved to be damaged."""
+        """The snapshot all ranks restore, or None if there is none. ``names``: the top-level names asked for; the rest
+        as in ``Repository.choose``."""
 
         def decide(_: Mapping[int, bytes]) -> bytes:
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
-            found = repository.Repository(self._store).choose(step, lambda snapshot: _has(snapshot, names), except_for)
+            found = repository.Repository(self._store).choose(
+                step, lambda snapshot: _has(snapshot, names), before=before, or_earlier=or_earlier
+            )
             return msgspec.msgpack.encode(None if found is None else found.live)
 
         answer = self._ask("choose", b"", decide)

@@ -158,6 +158,7 @@ class Saves:
         self._agreed: Agreed | None = None
         # The coordinator's side.
         self._committer: Committer | None = None
+        self._chunk_bytes = 0
         self._offers: dict[int, bytes] = {}
 
     def expects(self, offered: Offered) -> bool:
@@ -235,15 +236,16 @@ class Saves:
         offers = {rank: full.offer for rank, full in fulls.items()}
         chunk_bytes = self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers))
         digests = {rank: full.digests for rank, full in fulls.items()}
+        if self._committer is not None:
+            chunk_bytes = self._chunk_bytes
+        layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes)  # refuses before anything is made
         if self._committer is None:
-            plan_save(
-                offers, digests, self._nodes, chunk_bytes
-            )  # refuses what cannot be saved, before anything is made
             self._chunk_bytes = repository.create(self._store, chunk_bytes).format.chunk_bytes
             committer = Committer(self._store)
             committer.open()
             self._committer = committer
-        layout, comparisons = plan_save(offers, digests, self._nodes, self._chunk_bytes)
+            if self._chunk_bytes != chunk_bytes:  # the repository was made before, with a grid of its own
+                layout, comparisons = plan_save(offers, digests, self._nodes, self._chunk_bytes)
         self._offers = {rank: offer_digest(offer) for rank, offer in offers.items()}
         agreement = Agreement(document.pack_table(layout), comparisons)
         return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), agreement, common))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from fastckpt.errors import CommitTimeout
 from fastckpt.group import Group, KeyValueGroup, SoloGroup
 
 T = TypeVar("T")
@@ -81,10 +82,7 @@ class StoreKeyValue:
                 else:
                     return bytes(store.get(key))
 
-        try:
-            return self._call(wait, seconds + 2 * _SLICE_SECONDS)
-        except TimeoutError:
-            return None
+        return self._call(wait, seconds + 2 * _SLICE_SECONDS)
 
     def delete(self, keys: Sequence[str]) -> None:
         def delete(store: Any) -> None:
@@ -96,7 +94,13 @@ class StoreKeyValue:
     def _call(self, call: Callable[[Any], T], seconds: float) -> T:
         with self._lock:
             client = self._idle.pop() if self._idle else _Client(self._store.clone())
-        result = client.call(call, seconds)
+        try:
+            result = client.call(call, seconds)
+        except Exception as error:
+            raise CommitTimeout(
+                f"the job's key-value store failed ({type(error).__name__}: {error}); the process that serves it, "
+                "rank 0 or the launcher, may be gone"
+            ) from error
         with self._lock:  # not reached by a client that did not come back: it is left to its fate
             self._idle.append(client)
         return result

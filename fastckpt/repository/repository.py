@@ -66,17 +66,23 @@ class Repository:
         self,
         step: int | None,
         has_what_is_asked: Callable[[Snapshot], bool],
-        except_for: frozenset[str] = frozenset(),
+        *,
+        before: int | None = None,
+        or_earlier: bool = False,
     ) -> Snapshot | None:
-        """The snapshot to restore. An explicit step is exact. Otherwise the last one that has what is asked for and
-        whose metadata checks out; newer ones passed over are named in the log with the reason. None if the repository
-        holds no snapshot at all. If there are some but none will do, the last one's error is raised. Attempts in
-        ``except_for`` are not considered."""
-        snapshots = [snapshot for snapshot in self.snapshots() if snapshot.attempt not in except_for]
+        """The snapshot to restore, among those committed by a decision with a number smaller than ``before``.
+
+        An explicit step is exact, unless ``or_earlier``. Otherwise it is the last one that has what is asked for and
+        whose metadata checks out; newer ones passed over are named in the log with the reason. None if there is no
+        snapshot at all. If there are some but none will do, the last one's error is raised.
+        """
+        snapshots = [snapshot for snapshot in self.snapshots() if before is None or snapshot.live.decision < before]
         if step is not None:
-            chosen = find(snapshots, step, self.url)
-            chosen.check()
-            return chosen
+            wanted = find(snapshots, step, self.url)
+            if not or_earlier:
+                wanted.check()
+                return wanted
+            snapshots = [snapshot for snapshot in snapshots if snapshot.live.decision <= wanted.live.decision]
         first_error: FastckptError | None = None
         by_step = newest(snapshots)
         for snapshot in reversed(snapshots):
