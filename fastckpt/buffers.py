@@ -6,6 +6,7 @@ written to core dumps. Freed slots are reused, never returned to the system: fre
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -84,9 +85,10 @@ class Pool:
             self._cancelled = False
 
     def close(self) -> None:
-        """Unmaps the memory. Every slot must have been given back."""
-        self._view.release()
-        self._map.close()
+        """Unmaps the memory, once nobody holds a view of it any more: the traceback of a failure may, for a while."""
+        with contextlib.suppress(BufferError):
+            self._view.release()
+            self._map.close()
 
 
 def _shared_memory(size: int) -> mmap.mmap:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import operator
 import threading
 import time
 import weakref
@@ -16,6 +17,7 @@ from fastckpt import restore as restore_flow
 from fastckpt.buffers import Pool
 from fastckpt.errors import (
     FastckptError,
+    LimitExceeded,
     RestoreError,
     SaveError,
     SnapshotDamaged,
@@ -83,7 +85,8 @@ class Pending:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Seconds and bytes by stage, so far: ``stage_seconds``, ``write_bytes``, ``commit_seconds`` and so on."""
+        """Seconds and bytes by stage, so far: ``return_seconds`` (what ``save`` took), ``fence_seconds`` (what the
+        optimizer waited), ``stage_bytes``, ``write_seconds``, ``committed_seconds`` (from the call) and so on."""
         return self._trace.counters()
 
     def wait_staged(self, timeout: float | None = None) -> None:
@@ -160,8 +163,14 @@ class Checkpointer:
         first save, and one whose layout is new, meets the other ranks before it returns.
         """
         self._check_usable()
+        if isinstance(step, bool) or not hasattr(step, "__index__"):
+            raise TypeError(f"step is a number of training steps, not {step!r}")
+        step = operator.index(step)
         labels = Labels(metrics={name: float(number) for name, number in (metrics or {}).items()}, note=note)
-        check_labels(step, dict(labels.metrics), labels.note)
+        try:
+            check_labels(step, dict(labels.metrics), labels.note)
+        except LimitExceeded as error:
+            raise ValueError(str(error)) from None
         self._raise_earlier()
         if step in self._steps:
             raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
@@ -221,6 +230,7 @@ class Checkpointer:
             pending._staged.set()
             live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
             pending._snapshot = Snapshot(self._store, live)
+            pending._trace.add_since("committed", pending._started)
         except BaseException as error:
             self._steps.discard(pending.step)
             pending._finish(error)
@@ -284,6 +294,11 @@ class Checkpointer:
         if self._pool is not None:
             self._pool.cancel()  # staging may be waiting for a buffer
         pending._staged.set()
+
+    @property
+    def pending(self) -> Pending | None:
+        """The last save, if there was one."""
+        return self._pending
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Waits until no live tensor is being read; then anything in the state may be changed by any means."""

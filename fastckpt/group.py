@@ -161,8 +161,8 @@ def combined(failures: Mapping[int, BaseException]) -> FastckptError:
     missing = [error for error in failures.values() if isinstance(error, CommitTimeout)]
     if len(missing) == len(failures):
         ranks = sorted({rank for error in missing for rank in error.missing_ranks})
-        named = f" (missing: {_ranks(ranks)})" if ranks else ""
-        return CommitTimeout(f"{missing[0]}{named}", ranks)
+        text = str(missing[0])
+        return CommitTimeout(text if not ranks or "(missing: " in text else f"{text} (missing: {_ranks(ranks)})", ranks)
     real = {rank: error for rank, error in failures.items() if not isinstance(error, CommitTimeout)} or dict(failures)
     # A RankFailed from a node's leader names the ranks that truly failed; it is not a failure of the leader.
     failed: dict[int, BaseException] = {}
@@ -274,7 +274,8 @@ def encode_reply(reply: Reply) -> bytes:
     """A reply as bytes. Errors travel as name and message, rebuilt from a closed table: no pickle."""
     if isinstance(reply, bytes):
         return msgspec.msgpack.encode(_Wire(reply))
-    wire = _Wire(None, type(reply).__name__, str(reply))
+    text = str(reply).encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
+    wire = _Wire(None, type(reply).__name__, text)
     if isinstance(reply, CommitTimeout):
         wire.ranks = list(reply.missing_ranks)
     if isinstance(reply, RankFailed):

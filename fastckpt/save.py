@@ -131,6 +131,7 @@ class _Go(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Written(msgspec.Struct, array_like=True, frozen=True):
+    attempt: str
     table: RankTable
     blobs: list[bytes]
     raw_bytes: int
@@ -266,10 +267,9 @@ class Saves:
         agreed = attempt.agreed
         layout = agreed.layout
         writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
+        shards = {piece.shard for _, pieces in agreed.mine for piece in pieces}
         sources = {
-            piece.shard: offered.source(layout.keys[layout.shard_keys[piece.shard]], layout.box(piece.shard))
-            for _, pieces in agreed.mine
-            for piece in pieces
+            shard: offered.source(layout.keys[layout.shard_keys[shard]], layout.box(shard)) for shard in sorted(shards)
         }
         staged: queue.SimpleQueue[tuple[int, Slot, int] | None] = queue.SimpleQueue()
         failures: list[BaseException] = []
@@ -348,11 +348,13 @@ class Saves:
         if self._rank != 0:
             blobs = {digest: blob for digest, blob in blobs.items() if digest not in attempt.common}
         raw_bytes = attempt.agreed.mine_bytes + sum(len(blob) for blob in blobs.values())
-        return _Written(written.table(digests), list(blobs.values()), raw_bytes, written.stored_bytes)
+        return _Written(attempt.id, written.table(digests), list(blobs.values()), raw_bytes, written.stored_bytes)
 
     def _on_written(self, attempt: Attempt, replies: dict[int, Reply]) -> bytes:
         """Node leader: one part and one line for all ranks of the node."""
         ranks = [msgspec.msgpack.decode(data, type=_Written) for _, data in sorted(checked(replies).items())]
+        if any(written.attempt != attempt.id for written in ranks):
+            raise SaveError(f"step {attempt.step}: ranks of this node wrote different attempts")
         blobs = {chunk_hash(blob): blob for written in ranks for blob in written.blobs}
         part = write_part(
             self._store,
@@ -425,7 +427,8 @@ def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Sourc
     for piece in pieces:
         size = chunks.item_bytes(piece.shard)
         start = piece.start * size
-        sources[piece.shard].fill(start, view[piece.byte : piece.byte + (piece.stop - piece.start) * size])
+        with view[piece.byte : piece.byte + (piece.stop - piece.start) * size] as part:
+            sources[piece.shard].fill(start, part)
 
 
 def _write_stream(

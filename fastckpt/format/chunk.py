@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import blake3
 
+from fastckpt.errors import FormatError
 from fastckpt.format.shard import Box
 
 CHUNK_BYTES_MIN = 4 * 1024
@@ -22,6 +23,14 @@ HASH_BYTES = 32
 def chunk_hash(data: bytes | bytearray | memoryview) -> bytes:
     """The id of a chunk: BLAKE3-256 of its raw bytes, 32 bytes."""
     return blake3.blake3(data).digest()
+
+
+def check_chunk_bytes(chunk_bytes: int, what: str) -> None:
+    """``FormatError`` naming ``what`` unless this is a size that chunks may have."""
+    if not CHUNK_BYTES_MIN <= chunk_bytes <= CHUNK_BYTES_MAX or chunk_bytes.bit_count() != 1:
+        raise FormatError(
+            f"{what}: chunk_bytes {chunk_bytes} is not a power of two from {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}"
+        )
 
 
 def chunk_cuts(shape: Sequence[int], item_bytes: int, box: Box, chunk_bytes: int) -> list[int]:

@@ -33,7 +33,7 @@ def decode_zstd(data: bytes | memoryview, raw_bytes: int, what: str) -> bytes:
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
     try:
         declared = zstandard.get_frame_parameters(data).content_size
-        if declared != raw_bytes:  # also refuses frames that do not state their size
+        if declared != raw_bytes or raw_bytes == 0:  # also refuses frames that do not state their size
             raise FormatError(f"{what}: a zstd frame of {declared} bytes where {raw_bytes} are due")
         return bytes(_local.decompressor.decompress(data, allow_extra_data=False))
     except zstandard.ZstdError as error:

@@ -6,6 +6,7 @@ What makes an entry legal is ``repository/history.py``'s business; here is only 
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -89,9 +90,9 @@ def decode_format(data: bytes) -> Format:
     """FORMAT, checked: ``UnsupportedVersion`` for a newer one, ``FormatError`` for anything else that is off."""
     document.unseal_version(data, VERSION, FEATURES, names.FORMAT)
     header: Format = document.unseal(data, Format, names.FORMAT)
-    low, high = chunk.CHUNK_BYTES_MIN, chunk.CHUNK_BYTES_MAX
-    if not low <= header.chunk_bytes <= high or header.chunk_bytes.bit_count() != 1:
-        raise FormatError(f"FORMAT: chunk_bytes {header.chunk_bytes} is not a power of two from {low} to {high}")
+    chunk.check_chunk_bytes(header.chunk_bytes, names.FORMAT)
+    if not re.fullmatch(r"[0-9a-f]{32}", header.id):
+        raise FormatError(f"{names.FORMAT}: its id is not 32 hex digits")
     return header
 
 

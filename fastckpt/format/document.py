@@ -59,11 +59,13 @@ def unseal_version(data: bytes, version_max: int, features: frozenset[str], what
     version, wanted = header.get("version"), header.get("features", [])
     if not isinstance(version, int) or not isinstance(wanted, list):
         raise FormatError(f"{what}: no version or feature list")
+    if isinstance(version, bool) or version < 1:
+        raise FormatError(f"{what}: version {version}")
     if version > version_max:
         raise UnsupportedVersion(
             f"{what}: format version {version}, this fastckpt reads up to {version_max}; install a newer fastckpt"
         )
-    if unknown := sorted(str(name) for name in wanted if name not in features):
+    if unknown := sorted(str(name) for name in wanted if not isinstance(name, str) or name not in features):
         raise UnsupportedVersion(f"{what}: needs features unknown to this fastckpt: {', '.join(unknown)}")
 
 

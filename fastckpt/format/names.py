@@ -11,7 +11,7 @@ _WRITER = r"[0-9]{12}-[0-9a-f]{16}"
 _WRITER_ONLY = re.compile(_WRITER)
 _ATTEMPT = re.compile(rf"({_WRITER})-([0-9]{{6,9}})")
 _DECISION = re.compile(r"[0-9]{12}")
-_PACK = re.compile(rf"packs/({_WRITER}-[0-9]{{6,9}})/[0-9]{{2,}}/[0-9]+-[0-9]+\.pack")
+_PACK = re.compile(rf"packs/({_WRITER}-[0-9]{{6,9}})/[0-9]{{2,8}}/[0-9]{{1,10}}-[0-9]{{1,10}}\.pack")
 
 
 def decision(number: int) -> str:

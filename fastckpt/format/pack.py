@@ -8,13 +8,16 @@ orphaned pack can be told from its own bytes.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 import numpy as np
 
 from fastckpt.errors import FormatError, LimitExceeded
-from fastckpt.format import codec
+from fastckpt.format import codec, names
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 MAGIC = b"FCKPACK1"
 TRAILER_BYTES = 4 + HASH_BYTES + len(MAGIC)
 FOOTER_BYTES_MAX = 64 * 1024 * 1024
@@ -24,9 +27,9 @@ class Footer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What a pack says of itself. Columns are little-endian arrays with one entry a chunk, in order of offset."""
 
     attempt: str
-    writer: int
+    writer: Count
     """The rank that wrote it."""
-    number: int
+    number: Count
     """Counts the packs of that rank."""
     lengths: bytes
     """uint32: stored bytes."""
@@ -69,6 +72,9 @@ def decode_footer(body: bytes, trailer: bytes, data_bytes: int, what: str) -> Fo
     count = len(footer.codecs)
     if len(footer.lengths) != 4 * count or len(footer.hashes) != HASH_BYTES * count:
         raise FormatError(f"{what}: columns of the footer have different lengths")
+    if set(footer.codecs) - set(codec.CODECS.values()):
+        raise FormatError(f"{what}: an unknown codec in the footer")
+    names.attempt_writer(footer.attempt)
     if int(np.frombuffer(footer.lengths, "<u4").sum(dtype=np.uint64)) != data_bytes:
         raise FormatError(f"{what}: its footer does not account for every byte")
     return footer

@@ -31,7 +31,7 @@ class Box:
         return math.prod(self.sizes)
 
     def __str__(self) -> str:
-        return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=True)) + "]"
+        return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(self.offsets, self.sizes, strict=False)) + "]"
 
     def intersect(self, other: Box) -> Box | None:
         """The common box, or None where there is no common element."""

@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from fastckpt.errors import FormatError, LimitExceeded
 from fastckpt.format import codec, document, names
-from fastckpt.format.chunk import CHUNKS_MAX, HASH_BYTES, bundle_bytes_max, chunk_count, chunk_cuts, is_tiny
+from fastckpt.format.chunk import (
+    CHUNKS_MAX,
+    HASH_BYTES,
+    bundle_bytes_max,
+    check_chunk_bytes,
+    chunk_count,
+    chunk_cuts,
+    is_tiny,
+)
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box, check_inside, check_shape, find_overlap
 
@@ -168,6 +176,7 @@ def decode_layout(data: bytes, digest: str) -> Layout:
 
 def check_layout(layout: Layout, name: str) -> None:
     """``FormatError`` or ``LimitExceeded``, naming ``name``, unless the layout keeps every rule of FORMAT.md."""
+    check_chunk_bytes(layout.chunk_bytes, name)
     count = len(layout.keys)
     if not count == len(layout.owners) == len(layout.dtypes) == len(layout.shapes):
         raise FormatError(f"{name}: columns of keys have different lengths")
@@ -186,8 +195,9 @@ def check_layout(layout: Layout, name: str) -> None:
         raise FormatError(f"{name}: columns of shards have different lengths")
     _check_cover(layout, name)
     _check_units(layout, name)
-    if any(node >= max(1, len(layout.rank_nodes)) for node in layout.rank_nodes):
-        raise FormatError(f"{name}: more nodes than ranks")
+    firsts = list(dict.fromkeys(layout.rank_nodes))
+    if not firsts or firsts != list(range(len(firsts))):
+        raise FormatError(f"{name}: nodes are not numbered 0, 1, ... by their lowest rank")
     chunks = Chunks(layout)
     if len(chunks) > CHUNKS_MAX:
         raise LimitExceeded(f"{name}: {len(chunks)} chunks, at most {CHUNKS_MAX} are allowed")

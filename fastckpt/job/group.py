@@ -7,12 +7,14 @@ import itertools
 import os
 import platform
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fastckpt.errors import CommitTimeout
@@ -26,7 +28,8 @@ _SLICE_SECONDS = 1.0
 
 
 def job_group(seconds_max: float) -> Group:
-    """The group of this process's job. All ranks create their Checkpointers in the same order.
+    """The group of this process's job. All ranks create their Checkpointers in the same order, on the thread that runs
+    the job's collectives: one broadcast tells this incarnation of the job from earlier ones.
 
     ``RuntimeError`` if the launcher says there are several ranks but no process group has been made.
     """
@@ -40,7 +43,11 @@ def job_group(seconds_max: float) -> Group:
         return SoloGroup()
     if dist.get_world_size() == 1:
         return SoloGroup()
-    prefix = f"fastckpt/{next(_numbers)}"
+    # A launcher may keep its key-value store when it restarts the workers, and with it what the dead ones posted last:
+    # every incarnation needs keys of its own.
+    nonce = torch.tensor([secrets.randbits(62)], device=dist.distributed_c10d._get_pg_default_device())
+    dist.broadcast(nonce, 0)
+    prefix = f"fastckpt/{int(nonce.item()):016x}/{next(_numbers)}"
     kv = StoreKeyValue(dist.distributed_c10d._get_default_store())
     return KeyValueGroup(kv, dist.get_rank(), dist.get_world_size(), prefix, _node(), seconds_max)
 

@@ -96,7 +96,7 @@ class Staging:
             if copied:
                 self._copied.add(key)
             for box, view in held.pieces:
-                self._live[key, box] = view.clone() if copied else view
+                self._live[key, box] = bits(view).clone() if copied else view
         self._mark_streams()
         self.offer = _offer(description)
         self.digest = chunk_hash(msgspec.msgpack.encode(self.offer))

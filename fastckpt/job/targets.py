@@ -162,6 +162,8 @@ class _Finding:
             self.problem(f"{held.key}: shape {list(stored.shape)} in the snapshot, {list(held.shape)} in the state")
         elif stored.dtype != held.dtype and not self.cast:
             self.problem(f"{held.key}: {stored.dtype} in the snapshot, {held.dtype} in the state (cast=True converts)")
+        elif any(_is_expanded(view) for _, view in held.pieces):
+            self.problem(f"{held.key}: its elements share memory (an expanded tensor); clone() it before restoring")
         else:
             for box, view in held.pieces:
                 self.targets.wants.append(Want(stored.number, box, len(self.targets.sinks)))
@@ -306,6 +308,10 @@ def references(tree: object) -> list[str]:
     if isinstance(tree, list | tuple | deque):
         return [key for item in tree for key in references(item)]
     return []
+
+
+def _is_expanded(view: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(view.stride(), view.shape, strict=True))
 
 
 def _state_like(parameter: torch.Tensor, key: str, stored: Stored, group: Mapping[str, Any]) -> torch.Tensor:

@@ -133,9 +133,9 @@ def _load(torch: Any) -> Any:
         raise
     except Exception as error:
         text = str(error)
-        # weights_only reports whatever it would have to call or import as a GLOBAL or a class.
-        if found := re.search(r"GLOBAL (\S+)|Unsupported (?:global|class)\S*:? (\S+)", text):
-            raise Refused("code", f"it needs {found[1] or found[2]} to be called") from None
+        # What weights_only would have to import is a GLOBAL; what it got in another way and does not know has no name.
+        if (found := re.search(r"GLOBAL (\S+)", text)) or "add_safe_globals" in text or "unrecognized function" in text:
+            raise Refused("code", f"it needs {found[1] if found else 'something of its own'} to be called") from None
         if "TorchScript" in text:
             raise Refused("code", "it is a TorchScript archive, which is a program") from None
         if "can't allocate memory" in text or "not enough memory" in text:

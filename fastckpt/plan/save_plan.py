@@ -126,6 +126,9 @@ def plan_save(
             if owner == SHARED and len(holders) > 1 and first.sharing in (COMPARED, OWN):
                 compared.setdefault(sharing_ranks, []).append(key)
 
+    for identity, to in aliases.items():
+        if to not in described or to in aliases:
+            raise ValueError(f"{identity[0]}: tied to {to[0]}, of which ranks differ in what they hold. {_WAYS_OUT}")
     layout = _lay_out(keys, described, aliases, classes, nodes, chunk_bytes)
     return layout, [Comparison(list(ranks), names) for ranks, names in sorted(compared.items())]
 
@@ -135,6 +138,12 @@ def _owners(
 ) -> Iterable[tuple[int, dict[int, Offer]]]:
     """One shared tensor, or, for tensors that may differ and do, one for each rank."""
     offers = list(holders.values())
+    by_kind: dict[int, list[int]] = {}
+    for rank, offer in holders.items():
+        by_kind.setdefault(offer.sharing, []).append(rank)
+    if len(by_kind) > 1:
+        groups = " unlike ".join(_ranks(ranks) for ranks in by_kind.values())
+        raise ValueError(f"{key}: ranks hold different kinds of things under this key ({groups}). {_WAYS_OUT}")
     if offers[0].sharing == OWN:
         same = all(offer == offers[0] for offer in offers) and len({digests[rank][key] for rank in holders}) == 1
         if not same:
@@ -145,8 +154,6 @@ def _owners(
     if len(by_form) > 1:
         forms = "; ".join(f"{dtype} {list(shape)} on {_ranks(ranks)}" for (dtype, shape), ranks in by_form.items())
         raise ValueError(f"{key}: ranks hold tensors of different shape or dtype under this key: {forms}. {_WAYS_OUT}")
-    if len({offer.sharing for offer in offers}) > 1:
-        raise ValueError(f"{key}: ranks hold different kinds of things under this key. {_WAYS_OUT}")
     return [(SHARED, holders)]
 
 
@@ -157,10 +164,13 @@ _WAYS_OUT = (
 
 
 def _alias(key: str, holders: Mapping[int, Offer]) -> str:
-    targets = {offer.alias for offer in holders.values()}
+    targets: dict[str, list[int]] = {}
+    for rank, offer in holders.items():
+        targets.setdefault(offer.alias, []).append(rank)
     if len(targets) > 1:
-        raise ValueError(f"{key}: tied to {sorted(targets)} on some ranks but not on others")
-    return targets.pop()
+        how = "; ".join(f"{'to ' + target if target else 'to nothing'} on {_ranks(r)}" for target, r in targets.items())
+        raise ValueError(f"{key}: tied differently on different ranks: {how}")
+    return next(iter(targets))
 
 
 def _holders(

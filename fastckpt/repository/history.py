@@ -31,6 +31,7 @@ from fastckpt.errors import (
     FormatError,
     ObjectExists,
     ObjectNotFound,
+    SaveError,
     SnapshotDamaged,
     StorageError,
 )
@@ -58,7 +59,8 @@ class History:
         self._digest = ""
         self._live: list[Live] = []
         self._live_at = 0
-        self._open_number = 0
+        self._writer = ""
+        """Of the newest OPEN: the only one whose decisions are legal."""
         self._aborted: set[str] = set()
 
     @property
@@ -69,7 +71,10 @@ class History:
     def load(self) -> None:
         """Reads from the last list of live snapshots to the end. ``SnapshotDamaged`` naming the decision if one is
         damaged or missing, or breaks a rule."""
-        numbers = sorted(names.decision_number(child) for child in self._store.children("decisions"))
+        try:
+            numbers = sorted(names.decision_number(child) for child in self._store.children("decisions"))
+        except FormatError as error:
+            raise SnapshotDamaged(f"{self._store.url}: {error}", object="decisions") from error
         if numbers != list(range(1, len(numbers) + 1)):
             gap = next((n for n, have in enumerate(numbers, 1) if n != have), len(numbers) + 1)
             raise SnapshotDamaged(
@@ -83,7 +88,7 @@ class History:
             raise self._damaged(newest.number, "points to no list of live snapshots")
         self.number, self._digest = first.number, document.digest(data)
         self._live, self._live_at = list(first.live), first.number
-        self._open_number = names.writer_open_number(first.writer)
+        self._writer = first.writer
         self.refresh()
 
     def refresh(self) -> list[Decision]:
@@ -100,8 +105,14 @@ class History:
     def read_all(self) -> list[Decision]:
         """Every decision from the first, with the whole chain checked; for ``verify``."""
         whole = History(self._store)
-        entries = whole.refresh()
         self.load()
+        entries: list[Decision] = []
+        while whole.number < self.number or not entries:  # a job beside this may be appending
+            fresh = whole.refresh()
+            if not fresh:
+                break
+            entries += fresh
+            self.refresh()
         if whole.number != self.number or whole._digest != self._digest or whole._live != self._live:
             raise self._damaged(self.number, "does not follow from the history before it")
         return entries
@@ -174,16 +185,20 @@ class History:
 
     def fenced(self, writer: str) -> bool:
         """Whether a later OPEN than the writer's own is among the decisions read."""
-        return names.writer_open_number(writer) < self._open_number
+        return bool(self._writer) and names.writer_open_number(writer) < names.writer_open_number(self._writer)
 
     def _check_legal(self, writer: str, attempt: str) -> None:
         if self.fenced(writer):
             raise AnotherWriter(
-                f"{self._store.url}: a later job has opened this repository (decision {self._open_number}); "
-                f"attempt {attempt} of this one can never be committed. Stop one of the two jobs"
+                f"{self._store.url}: a later job has opened this repository "
+                f"(decision {names.writer_open_number(self._writer)}); attempt {attempt} of this one can never be committed. Stop one of the two jobs"
             )
         if attempt in self._aborted:
             raise AttemptAborted(f"{self._store.url}: attempt {attempt} was aborted")
+        if writer != self._writer or names.attempt_writer(attempt) != writer:
+            raise SaveError(f"{self._store.url}: attempt {attempt} is another writer's than {writer}")
+        if self.committed(attempt):
+            raise SaveError(f"{self._store.url}: attempt {attempt} is committed already")
 
     def _append(self, make: Callable[[int], _Entry]) -> _Entry:
         for _ in range(_RACES_MAX):
@@ -191,6 +206,7 @@ class History:
             entry = self._with_live(make(self.number + 1))
             data = document.seal(entry)
             name = names.decision(entry.number)
+            decode_decision(data, entry.number)  # what no reader would accept must never be created
             if _settle(self._store, name, data):
                 self._follow(entry, data)
                 return entry
@@ -215,9 +231,9 @@ class History:
         if entry.previous != self._digest:
             raise self._damaged(entry.number, "does not carry the digest of the decision before it")
         if isinstance(entry, Open):
-            self._open_number = entry.number
-        elif self.fenced(entry.writer):
-            raise self._damaged(entry.number, "was appended by a writer that was fenced")
+            self._writer = entry.writer
+        elif entry.writer != self._writer:
+            raise self._damaged(entry.number, "was appended by a writer that was fenced, or never opened")
         if isinstance(entry, Commit):
             snapshot = entry.snapshot
             if names.attempt_writer(snapshot.attempt) != entry.writer or snapshot.decision != entry.number:
@@ -226,6 +242,8 @@ class History:
                 raise self._damaged(entry.number, f"commits attempt {snapshot.attempt}, aborted or committed before")
             self._live.append(snapshot)
         if isinstance(entry, Abort):
+            if names.attempt_writer(entry.attempt) != entry.writer or self.committed(entry.attempt):
+                raise self._damaged(entry.number, "aborts an attempt of another writer, or one that is committed")
             self._aborted.add(entry.attempt)
         if entry.live is not None and entry.live != self._live:
             raise self._damaged(entry.number, "lists live snapshots that do not follow from the history")

@@ -50,7 +50,9 @@ def test_every_dtype_is_on_the_page_with_its_width() -> None:
     rows = dict(re.findall(r"^\| (1|2|4|8|16) \| (.*) \|$", TEXT, re.MULTILINE))
     for dtype, width in ITEM_BYTES.items():
         span = re.fullmatch(r"(u?int)[1-7]", dtype)
-        assert f"`{dtype}`" in rows[str(width)] or (span and f"`{span[1]}1` ... `{span[1]}7`" in rows[str(width)]), dtype
+        assert f"`{dtype}`" in rows[str(width)] or (span and f"`{span[1]}1` ... `{span[1]}7`" in rows[str(width)]), (
+            dtype
+        )
 
 
 def test_the_plain_values_of_the_page_are_those_of_the_module() -> None:

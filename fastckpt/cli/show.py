@@ -1,0 +1,213 @@
+"""``fastckpt show``: what one snapshot holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from fastckpt.cli.arguments import open_repository, repository_argument, step_option
+from fastckpt.cli.terminal import Command, Terminal, count_text, pass_terminal, printable, size_text
+
+if TYPE_CHECKING:
+    from fastckpt.repository.reader import Snapshot
+
+SHOWN_BYTES_MAX = 16 * 1024
+"""Larger values are not decoded for ``--values``."""
+SHOWN_CHARACTERS_MAX = 500
+
+
+@dataclass(frozen=True)
+class _Key:
+    key: str
+    dtype: str
+    shape: list[int]
+    bytes: int
+    shards: int
+    tied_to: str | None
+
+
+@dataclass(frozen=True)
+class _Value:
+    name: str
+    bytes: int | None
+    """None where it cannot be found."""
+    ranks: list[int]
+    text: str | None
+
+
+@click.command(cls=Command, name="show")
+@repository_argument
+@step_option
+@click.option("--values", is_flag=True, help="Decode small plain values.")
+@pass_terminal
+def command(terminal: Terminal, repo: str, step: int | None, values: bool) -> None:
+    """Show the keys, shapes, dtypes and plain values of a snapshot, and the environment it was saved in."""
+    repository = open_repository(repo)
+    snapshot = repository.snapshot(step)
+    keys, plain = _keys(snapshot), _values(snapshot, values)
+    if terminal.json:
+        terminal.document(_json(repository.url, snapshot, keys, plain))
+        return
+    layout, index = snapshot.layout, snapshot.index
+    nodes = len(set(layout.rank_nodes))
+    terminal.line(f"repository   {repository.url}")
+    terminal.line(f"step         {snapshot.step}")
+    terminal.line(f"created      {snapshot.created}")
+    terminal.line(f"size         {size_text(snapshot.bytes)} ({size_text(index.stored_bytes)} new)")
+    terminal.line(f"saved by     {count_text(snapshot.world_size, 'rank')} on {count_text(nodes, 'node')}")
+    terminal.line(
+        f"holds        {count_text(len(keys), 'key')} in {count_text(len(snapshot.chunks), 'chunk')} of up to "
+        f"{size_text(layout.chunk_bytes)}"
+    )
+    if snapshot.note:
+        terminal.line(f"note         {snapshot.note}")
+    if snapshot.metrics:
+        terminal.line("metrics      " + " ".join(f"{name}={value:g}" for name, value in snapshot.metrics.items()))
+    if keys:
+        terminal.line()
+        rows = [[k.key, k.dtype, str(k.shape), *_size_cells(k)] for k in keys]
+        terminal.table(["key", "dtype", "shape", "size>", "shards>"], rows)
+    if plain:
+        terminal.line()
+        shown = [
+            [v.name, "?" if v.bytes is None else size_text(v.bytes), ranks_text(v.ranks), *([v.text or ""] * values)]
+            for v in plain
+        ]
+        terminal.table(["value", "size>", "ranks", *(["content"] * values)], shown)
+    if snapshot.environment:
+        terminal.line()
+        terminal.table(
+            ["environment", ""],
+            [[name, item if isinstance(item, str) else json.dumps(item)] for name, item in index.environment.items()],
+        )
+
+
+def _size_cells(key: _Key) -> list[str]:
+    return [f"= {key.tied_to}", ""] if key.tied_to else [size_text(key.bytes), str(key.shards)]
+
+
+def _keys(snapshot: Snapshot) -> list[_Key]:
+    from fastckpt.format.dtype import item_bytes
+
+    layout = snapshot.layout
+    shards = Counter(layout.shard_keys)
+    tied = dict(layout.aliases)
+    return [
+        _Key(
+            layout.label(number),
+            dtype,
+            list(shape),
+            math.prod(shape) * item_bytes(dtype),
+            shards[number],
+            layout.label(tied[number]) if number in tied else None,
+        )
+        for number, (dtype, shape) in enumerate(zip(layout.dtypes, layout.shapes, strict=True))
+    ]
+
+
+def _values(snapshot: Snapshot, decode: bool) -> list[_Value]:
+    """One for each name and content; where all ranks have the same, that is one a name."""
+    from fastckpt.format.chunk import chunk_hash
+
+    sizes: dict[str, int] = {}
+    holders: dict[tuple[str, str], list[int]] = {}
+    for node in range(len(snapshot.index.parts)):
+        for blob in snapshot.part(node).blobs:
+            sizes[chunk_hash(blob).hex()] = len(blob)
+    for rank in range(snapshot.world_size):
+        for name, digest in snapshot.value_digests(rank).items():
+            holders.setdefault((name, digest), []).append(rank)
+    return [
+        _Value(name, sizes.get(digest), ranks, _content(snapshot, name, ranks[0], sizes.get(digest), decode))
+        for (name, digest), ranks in sorted(holders.items(), key=lambda item: (item[0][0], item[1]))
+    ]
+
+
+def _content(snapshot: Snapshot, name: str, rank: int, size: int | None, decode: bool) -> str | None:
+    if not decode or size is None:
+        return None
+    if size > SHOWN_BYTES_MAX:
+        return "(large)"
+    text = value_text(snapshot.value(name, rank))
+    return text if len(text) <= SHOWN_CHARACTERS_MAX else text[: SHOWN_CHARACTERS_MAX - 3] + "..."
+
+
+def value_text(value: object) -> str:
+    """A plain value as people want to see it: tensors and arrays by dtype and shape."""
+    import numpy as np
+
+    from fastckpt.format.value import TensorReference, TensorValue, TorchDevice, TorchDtype, TorchSize
+
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{value_text(key)}: {value_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(value_text(item) for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, TensorValue):
+        return f"tensor {value.dtype} {list(value.shape)}"
+    if isinstance(value, TensorReference):
+        return f"tensor {value.key}"
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype.name} {list(value.shape)}"
+    if isinstance(value, TorchSize):
+        return f"size {list(value.sizes)}"
+    if isinstance(value, TorchDtype | TorchDevice):
+        return value.name
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"int of {value.bit_length()} bits"  # Python refuses to print the longest
+    return repr(value)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``0-3, 6``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1][1:] = [rank]
+        else:
+            runs.append([rank])
+    return ", ".join("-".join(str(end) for end in run) for run in runs)
+
+
+def _json(url: str, snapshot: Snapshot, keys: list[_Key], values: list[_Value]) -> dict[str, object]:
+    return {
+        "repository": url,
+        "step": snapshot.step,
+        "created": snapshot.created,
+        "attempt": snapshot.attempt,
+        "bytes": snapshot.bytes,
+        "new_bytes": snapshot.index.stored_bytes,
+        "ranks": snapshot.world_size,
+        "nodes": len(set(snapshot.layout.rank_nodes)),
+        "chunks": len(snapshot.chunks),
+        "chunk_bytes": snapshot.layout.chunk_bytes,
+        "note": snapshot.note,
+        "metrics": snapshot.metrics,
+        "keys": [
+            {
+                "key": k.key,
+                "dtype": k.dtype,
+                "shape": k.shape,
+                "bytes": k.bytes,
+                "shards": k.shards,
+                "tied_to": k.tied_to,
+            }
+            for k in keys
+        ],
+        "values": [
+            {
+                "name": v.name,
+                "bytes": v.bytes,
+                "ranks": v.ranks,
+                **({} if v.text is None else {"content": printable(v.text)}),
+            }
+            for v in values
+        ],
+        "environment": snapshot.environment,
+    }

@@ -1,0 +1,292 @@
+"""One rank goes wrong: every rank hears of it, by rank and cause, nothing half done is kept, and the next save works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from jobs import build, prints, rank, raw, same, train, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor import distribute_tensor
+
+import fastckpt
+from fastckpt import (
+    Checkpointer,
+    CommitTimeout,
+    FastckptError,
+    Options,
+    OutOfSpace,
+    RankFailed,
+    SaveError,
+    SnapshotDamaged,
+    StateMismatch,
+)
+from fastckpt import checkpointer as front
+from fastckpt.job.group import StoreKeyValue
+from fastckpt.storage.open import open_store
+from fastckpt.testing import FaultyStore
+
+pytestmark = pytest.mark.distributed
+
+SMALL = Options(chunk_bytes=4096, commit_seconds_max=30)
+IMPATIENT = Options(chunk_bytes=4096, commit_seconds_max=2)
+
+
+def sharded(seed: int) -> torch.Tensor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    full = torch.randn(64, 96, generator=torch.Generator().manual_seed(seed))
+    return distribute_tensor(full, mesh, [ShardPlacement(0)], src_data_rank=None)
+
+
+def steps(ckpt: Checkpointer) -> list[int]:
+    return [snapshot.step for snapshot in ckpt.snapshots()]
+
+
+def different_steps(url: str) -> None:
+    with Checkpointer(url, options=SMALL) as ckpt:
+        with pytest.raises(ValueError, match="ranks save different steps at the same time: rank 0: 10, rank 1: 11"):
+            ckpt.save(10 + rank(), {"x": 1})
+        ckpt.save(12, {"x": 1}).wait()
+        with pytest.raises(ValueError, match="different steps"):  # now behind the training loop
+            ckpt.save(20 + rank(), {"x": 1}).wait()
+        ckpt.save(30, {"x": 1}).wait()
+        assert steps(ckpt) == [12, 30]
+
+
+def test_ranks_that_save_different_steps_are_told(tmp_path: Path) -> None:
+    ranks.run(2, different_steps, str(tmp_path))
+
+
+def one_cannot_describe(url: str) -> None:
+    good = {"t": torch.ones(3)}
+    bad = {"t": torch.ones(3, device="meta" if rank() == 1 else "cpu")}
+    with Checkpointer(url, options=SMALL) as ckpt:
+        for first, step in ((True, 1), (False, 2)):
+            if rank() == 1:
+                with pytest.raises(TypeError, match="t: cannot save a tensor on the meta device"):
+                    ckpt.save(step, bad).wait()
+            else:
+                with pytest.raises(RankFailed, match="rank 1 failed: rank 1: TypeError: t: cannot save") as caught:
+                    ckpt.save(step, bad).wait()
+                assert list(caught.value.failures) == [1]
+            if first:
+                assert steps(ckpt) == []
+            ckpt.save(step, good).wait()
+        assert steps(ckpt) == [1, 2]
+
+
+def test_a_state_that_one_rank_cannot_save_fails_on_all_and_the_next_save_works(tmp_path: Path) -> None:
+    ranks.run(3, one_cannot_describe, str(tmp_path))
+
+
+def one_cannot_write(url: str, operation: str) -> list[str]:
+    error = OutOfSpace("the disk of rank 1 is full")
+    if rank() == 1:
+        front.open_store = lambda url: FaultyStore(  # type: ignore[attr-defined]
+            open_store(url), fail_at=1, error=error, only=lambda kind, name: kind == operation and "packs/" in name
+        )
+    with Checkpointer(url, options=SMALL) as ckpt:
+        state = {"x": sharded(1)}
+        pending = ckpt.save(1, state)
+        with pytest.raises(RankFailed, match="rank 1 failed: rank 1: OutOfSpace: the disk of rank 1 is full") as caught:
+            pending.wait()
+        assert list(caught.value.failures) == [1]
+        assert pending.status == "failed"
+        assert steps(ckpt) == []
+        ckpt.save(1, state).wait()
+        assert steps(ckpt) == [1]
+        return [snapshot.attempt for snapshot in ckpt.snapshots()]
+
+
+@pytest.mark.parametrize("operation", ["write", "append", "finish"])
+def test_storage_that_fails_one_rank_fails_the_save_on_all_and_leaves_nothing(tmp_path: Path, operation: str) -> None:
+    attempts = same(ranks.run(3, one_cannot_write, str(tmp_path), operation))
+    assert [folder.name for folder in (tmp_path / "packs").iterdir() if list(folder.rglob("*.pack"))] == attempts
+
+
+def coordinator_cannot_commit(url: str) -> None:
+    if rank() == 0:
+        front.open_store = lambda url: FaultyStore(  # type: ignore[attr-defined]
+            open_store(url),
+            fail_at=1,
+            error=OutOfSpace("no room for the index"),
+            only=lambda kind, name: kind == "create" and name.endswith("/index"),
+        )
+    with Checkpointer(url, options=SMALL) as ckpt:
+        with pytest.raises(OutOfSpace, match="no room for the index"):
+            ckpt.save(1, {"x": sharded(1)}).wait()
+        ckpt.save(1, {"x": sharded(1)}).wait()
+        assert steps(ckpt) == [1]
+
+
+def test_a_commit_that_fails_on_the_coordinator_is_raised_on_all(tmp_path: Path) -> None:
+    ranks.run(3, coordinator_cannot_commit, str(tmp_path))
+
+
+def dies(url: str, where: str) -> None:
+    with Checkpointer(url, options=IMPATIENT) as ckpt:
+        ckpt.save(1, {"x": sharded(1)}).wait()
+        if rank() == 1:
+            if where == "writing":
+                front.Saves.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
+                ckpt.save(2, {"x": sharded(1)}).wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(CommitTimeout, match="rank 1") as caught:
+            ckpt.save(2, {"x": sharded(1)}).wait()
+        assert caught.value.missing_ranks == (1,)
+        assert time.monotonic() - start < 20
+        assert steps(ckpt) == [1]
+    os._exit(0)  # nobody is left to shut the process group down with
+
+
+@pytest.mark.parametrize("where", ["before", "writing"])
+def test_a_rank_that_died_is_named_by_the_others(tmp_path: Path, where: str) -> None:
+    assert ranks.outcomes(3, dies, str(tmp_path), where) == [None, None, None]
+    assert [snapshot.step for snapshot in fastckpt.open(str(tmp_path)).snapshots()] == [1]
+
+
+def stays_away(url: str) -> None:
+    if rank() == 1:
+        return
+    with pytest.raises(CommitTimeout, match="create their Checkpointer") as caught:
+        Checkpointer(url, options=IMPATIENT)
+    assert caught.value.missing_ranks == (1,)
+
+
+def test_a_rank_that_makes_no_checkpointer_is_named_by_the_others(tmp_path: Path) -> None:
+    ranks.run(3, stays_away, str(tmp_path))
+
+
+def damage(snapshot: fastckpt.Snapshot, key: str, element: int) -> tuple[str, int]:
+    """Flips a byte in the chunk that holds this element of a float32 tensor; returns the pack and the chunk's offset."""
+    number = snapshot.key_number(key)
+    layout, chunks = snapshot.layout, snapshot.chunks
+    columns = layout.shapes[number][1]
+    for unit, shards in enumerate(layout.units):
+        for chunk, pieces in zip(chunks.unit_chunks(unit), chunks.unit_pieces(unit), strict=True):
+            for piece in pieces:
+                box = layout.box(piece.shard)
+                first = box.offsets[0] * columns + piece.start
+                if layout.shard_keys[piece.shard] == number and first <= element < first + piece.stop - piece.start:
+                    place = snapshot.place(chunk)
+                    with open(f"{snapshot._store.url.removeprefix('file://')}/{place.pack}", "r+b") as file:
+                        file.seek(place.offset + 5)
+                        byte = file.read(1)[0]
+                        file.seek(place.offset + 5)
+                        file.write(bytes([byte ^ 16]))
+                    assert shards
+                    return place.pack, place.offset
+    raise AssertionError("no such element")
+
+
+def meets_damage(url: str) -> tuple[str | None, int | None]:
+    """Rows 32 to 63 are rank 1's; row 60 is damaged in step 2, and nothing in step 1."""
+    first, second = raw(sharded(1).to_local()), raw(sharded(2).to_local())
+    with Checkpointer(url, options=SMALL) as ckpt:
+        state = {"x": sharded(3), "step": 3}
+        with pytest.raises(SnapshotDamaged, match="step 2: x ") as caught:
+            ckpt.restore(state)
+        error = caught.value
+        assert error.key == "x"
+        assert error.shard == "[32:64, 0:96]"
+        mine, before = state["x"].to_local(), sharded(3).to_local()  # type: ignore[attr-defined]
+        if rank() == 1:
+            assert "rank 1" not in str(error)
+            at = torch.nonzero((mine == before).all(1)).flatten().tolist()
+            assert 28 in at, "row 60 must hold its old bytes: not a byte of a damaged chunk may be placed"
+            assert raw(mine[28]) == raw(before[28])
+        else:
+            assert str(error).startswith("rank 1: ")
+        for _ in range(2):
+            with pytest.raises(SaveError, match="not saving: a restore did not finish"):
+                ckpt.save(9, state)
+        assert ckpt.restore(state, policy="previous") == 1
+        assert raw(state["x"].to_local()) == first != second  # type: ignore[attr-defined]
+        assert state["step"] == 1
+        ckpt.save(2, state).wait()
+        assert ckpt.restore(state) == 2
+        return error.object, error.offset
+
+
+def save_two(url: str) -> None:
+    with Checkpointer(url, options=SMALL) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"x": sharded(step), "step": step})
+
+
+def test_a_damaged_byte_reaches_no_tensor_and_every_rank_says_where_it_is(tmp_path: Path) -> None:
+    ranks.run(2, save_two, str(tmp_path))
+    snapshot = fastckpt.open(str(tmp_path)).snapshot(2)
+    place = damage(snapshot, "x", 60 * 96)
+    assert ranks.run(2, meets_damage, str(tmp_path)) == [place, place]
+
+
+def mismatched(url: str) -> None:
+    with Checkpointer(url, options=SMALL) as ckpt:
+        model, optimizer = build("fsdp", seed=2)
+        before = prints(whole(model))
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if rank() == 1:
+            state["local"] = nn.Linear(2, 2)
+        with pytest.raises(StateMismatch, match=r"local\.weight: in the state but not in the snapshot") as caught:
+            ckpt.restore(state, step=1)
+        assert str(caught.value).startswith("rank 1: ") == (rank() != 1)
+        assert prints(whole(model)) == before
+        state.pop("local", None)
+        ckpt.save(2, state).wait()  # nothing was changed, so saving is not refused
+        assert ckpt.restore(state, step=1) == 1
+
+
+def save_model(url: str) -> None:
+    model, optimizer = build("fsdp", seed=1)
+    train(model, optimizer, range(1))
+    with Checkpointer(url, options=SMALL) as ckpt:
+        ckpt.save(1, {"model": model, "optimizer": optimizer})
+
+
+def test_what_does_not_fit_on_one_rank_is_raised_on_all_and_changes_nothing(tmp_path: Path) -> None:
+    ranks.run(2, save_model, str(tmp_path))
+    ranks.run(2, mismatched, str(tmp_path))
+
+
+def in_time(call: Callable[[], object], seconds: float) -> bool:
+    """Whether ``call`` returns or raises within so many seconds."""
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            assert isinstance(error, FastckptError | TimeoutError | RuntimeError)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def key_value_without_server(port: int, server: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    warm = StoreKeyValue(store)
+    warm.set("here", b"1")
+    assert warm.get("here", 5.0) == b"1"
+    assert warm.get("nothing", 0.1) is None
+    os.kill(server, signal.SIGKILL)
+    assert in_time(lambda: warm.get("here", 1.0), 10), "a client that had called before must give up in time"
+    assert in_time(lambda: StoreKeyValue(store).get("here", 1.0), 10), "a new client must give up in time"
+
+
+def test_a_key_value_store_whose_server_died_keeps_nobody_waiting() -> None:
+    with ranks.key_value_server() as (port, process):
+        ranks.run(1, key_value_without_server, port, process)

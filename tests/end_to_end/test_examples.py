@@ -1,0 +1,77 @@
+"""Every example does what it says. The demo has tests of its own in ``test_demo.py``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ON_ONE_PROCESS = {"loop.py", "callback.py", "read_without_torch.py", "roll_back.py"}
+UNDER_TORCHRUN = {"fsdp2.py", "ddp.py"}
+PARTS_OF_THE_DEMO = {"demo.py", "train_lm.py"}
+
+
+def run(name: str, *arguments: str, processes: int = 1) -> str:
+    """What an example prints. Warnings are errors: an example is what people copy."""
+    launcher = [sys.executable, "-W", "error"]
+    if name in UNDER_TORCHRUN:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == ON_ONE_PROCESS | UNDER_TORCHRUN | PARTS_OF_THE_DEMO
+
+
+@pytest.mark.parametrize("name", sorted({*ON_ONE_PROCESS, *UNDER_TORCHRUN}))
+def test_an_example_is_at_most_a_screen_and_a_half(name: str) -> None:
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 66
+
+
+def test_the_loop_goes_on_where_it_was(tmp_path: Path) -> None:
+    assert "trained steps 1 to 20" in run("loop.py", str(tmp_path))
+    assert "trained steps 21 to 40" in run("loop.py", str(tmp_path))
+
+
+def test_the_callback_saves_when_due_and_restores_plain_values(tmp_path: Path) -> None:
+    first = run("callback.py", str(tmp_path))
+    assert [line.split(":")[0] for line in first.splitlines()[:-1]] == [f"committed step {n}" for n in (4, 8, 12)]
+    again = run("callback.py", str(tmp_path))
+    assert again.splitlines() == first.splitlines()[-1:]  # nothing left to train, and the count is the same
+    assert "96 examples seen" in again
+
+
+def test_a_snapshot_is_read_without_torch() -> None:
+    printed = run("read_without_torch.py")
+    assert "model.0.weight: (256, 64) float32" in printed
+    assert "step 20" in printed
+
+
+def test_rolling_back_makes_the_last_commit_the_newest(tmp_path: Path) -> None:
+    printed = run("roll_back.py", str(tmp_path)).splitlines()
+    assert printed[0] == "a restart goes on after step 20"
+    assert [line.split(":")[0] for line in printed[1:]] == ["step 10", "step 20", "step 30", "step 20"]
+    assert printed[-1].endswith("lr 0.05")
+
+
+@pytest.mark.distributed
+def test_an_fsdp2_job_of_another_size_goes_on(tmp_path: Path) -> None:
+    assert "restored None; step 10 was saved by 2 ranks" in run("fsdp2.py", str(tmp_path), processes=2)
+    assert "restored 10; step 20 was saved by 3 ranks" in run("fsdp2.py", str(tmp_path), processes=3)
+
+
+@pytest.mark.distributed
+def test_a_ddp_job_writes_its_model_once(tmp_path: Path) -> None:
+    printed = run("ddp.py", str(tmp_path), processes=2)
+    # 17 thousand parameters, their two moments and the statistics of 256 features, in float32, and little else.
+    total = int(printed.partition(": ")[2].split()[0])
+    assert printed.startswith("step 10")
+    assert 17_409 * 12 < total < 17_409 * 12 * 1.2
