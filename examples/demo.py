@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -268,16 +267,15 @@ def check_command_line(repository: Path, export: Path, steps: int, expected: dic
 
 
 def saves_of(run: Run) -> list[tuple[float, float]]:
-    """Of each committed save, in ms: how long training stood still (the slower rank), and the time to the COMMIT."""
-    stalls: dict[int, float] = {}
+    """Of each committed save, in ms, the slower rank: how long training stood still, and the time to the COMMIT."""
+    saves: dict[int, tuple[float, float]] = {}
     for rank in RANKS:
         for entry in run.journal(rank):
-            if "saved" in entry:
-                stall = entry["return_seconds"] + entry.get("fence_seconds", 0.0)
-                stalls[entry["saved"]] = max(stalls.get(entry["saved"], 0.0), stall)
-    # The library's own line in the log, one for each commit.
-    lines = re.findall(r"committed step (\d+): \d+ bytes in ([\d.]+) s", run.log.read_text(errors="replace"))
-    return [(stalls[int(step)] * 1e3, float(seconds) * 1e3) for step, seconds in lines if int(step) in stalls]
+            if "committed_seconds" in entry:
+                stall, commit = saves.get(entry["saved"], (0.0, 0.0))
+                waited = entry["return_seconds"] + entry.get("fence_seconds", 0.0)
+                saves[entry["saved"]] = (max(stall, waited * 1e3), max(commit, entry["committed_seconds"] * 1e3))
+    return list(saves.values())
 
 
 def show(facts: dict[str, str]) -> None:

@@ -148,7 +148,8 @@ def main() -> None:
         "fastckpt_staged_seconds": fast.staged_seconds[1:],
     }
     print(
-        f"{size / 2**30:.2f} GiB in {len(tensors)} tensors, memory {record['memory']} (touched at {min(rates) / 1e9:.1f} GB/s)"
+        f"{size / 2**30:.2f} GiB in {len(tensors)} tensors, memory {record['memory']} "
+        f"(touched at {min(rates) / 1e9:.1f} GB/s)"
     )
     for name, values in seconds.items():
         median = statistics.median(values)

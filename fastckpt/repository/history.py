@@ -191,7 +191,8 @@ class History:
         if self.fenced(writer):
             raise AnotherWriter(
                 f"{self._store.url}: a later job has opened this repository "
-                f"(decision {names.writer_open_number(self._writer)}); attempt {attempt} of this one can never be committed. Stop one of the two jobs"
+                f"(decision {names.writer_open_number(self._writer)}); attempt {attempt} of this one can never be "
+                "committed. Stop one of the two jobs"
             )
         if attempt in self._aborted:
             raise AttemptAborted(f"{self._store.url}: attempt {attempt} was aborted")
