@@ -139,6 +139,7 @@ class Checkpointer:
         self._pending: Pending | None = None
         self._staging: Staging | None = None
         self._thread: threading.Thread | None = None
+        self._failed: list[Pending] = []
         self._pool: Pool | None = None
         self._steps: set[int] = set()
         self._cleaned = False
@@ -233,6 +234,7 @@ class Checkpointer:
             pending._trace.add_since("committed", pending._started)
         except BaseException as error:
             self._steps.discard(pending.step)
+            self._failed.append(pending)
             pending._finish(error)
             return
         pending._finish(None)
@@ -438,11 +440,12 @@ class Checkpointer:
             ) from self._broken
 
     def _raise_earlier(self) -> None:
-        """Raises what the last save failed with, unless its ``wait`` already did."""
-        pending = self._pending
-        if pending is not None and pending.done and pending.error is not None and not pending._raised:
-            pending._raised = True
-            raise pending.error
+        """Raises what an earlier save failed with, unless its ``wait`` already did: each failure once, oldest first."""
+        while self._failed:
+            pending = self._failed.pop(0)
+            if not pending._raised and pending.error is not None:
+                pending._raised = True
+                raise pending.error
 
     def _join(self) -> None:
         if self._thread is not None:

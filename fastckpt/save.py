@@ -172,25 +172,11 @@ class Saves:
         ``ValueError`` if ranks hold different things under one key or save different steps.
         """
         self._count += 1
-        hello: Reply
-        if isinstance(offered, BaseException):
-            hello = offered
-        else:
-            hello = msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered)))
-        values = {} if isinstance(offered, BaseException) else {chunk_hash(blob) for blob in offered.values.values()}
-        try:
-            answer = self._ask("hello", hello, lambda replies: self._on_hello(replies, sorted(values)))
-        except FastckptError:
-            if isinstance(offered, BaseException):
-                raise offered from None  # the others are told; here it is the error itself that matters
-            raise
-        assert not isinstance(offered, BaseException)
+        common = [] if isinstance(offered, BaseException) else sorted(map(chunk_hash, offered.values.values()))
+        answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
+        assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         if not answer:
-            try:
-                full: Reply = msgspec.msgpack.encode(_Full(offered.offer, offered.sampled(None)))
-            except Exception as error:
-                full = error
-            answer = self._ask("offers", full, lambda replies: self._on_offers(replies, sorted(values)))
+            answer = self._ask("offers", offered, _full, lambda replies: self._on_offers(replies, common))
         go = msgspec.msgpack.decode(answer, type=_Go)
         if go.agreement is not None:
             self._agreed = _agreed(go.agreement, self._rank)
@@ -198,14 +184,34 @@ class Saves:
         assert self._agreed is not None
         return Attempt(id=go.attempt, step=step, agreed=self._agreed, common=frozenset(go.common))
 
-    def _ask(self, name: str, reply: Reply, decide: Callable[[dict[int, bytes]], bytes]) -> bytes:
-        return self._assembly.ask(
-            f"save-{self._count}/{name}",
-            reply,
-            decide,
-            seconds=self._options.commit_seconds_max,
-            what="all ranks to call save",
-        )
+    def _ask(
+        self,
+        name: str,
+        offered: Offered | BaseException,
+        reply: Callable[[Offered], bytes],
+        decide: Callable[[dict[int, bytes]], bytes],
+    ) -> bytes:
+        """One exchange of all ranks. What keeps this rank from replying is told to the others and raised here."""
+        posted: Reply
+        try:
+            posted = offered if isinstance(offered, BaseException) else reply(offered)
+        except Exception as error:
+            posted = error
+        try:
+            return self._assembly.ask(
+                f"save-{self._count}/{name}",
+                posted,
+                decide,
+                seconds=self._options.commit_seconds_max,
+                what="all ranks to call save",
+            )
+        except FastckptError:
+            if isinstance(posted, BaseException):
+                raise posted from None
+            raise
+
+    def _hello(self, step: int) -> Callable[[Offered], bytes]:
+        return lambda offered: msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered)))
 
     def _compared(self, offered: Offered) -> dict[int, bytes]:
         if not self.expects(offered) or self._agreed is None:
@@ -404,6 +410,10 @@ class Saves:
         if result.aborted and isinstance(written, ChunkWriter):
             written.delete()
         return result.committed
+
+
+def _full(offered: Offered) -> bytes:
+    return msgspec.msgpack.encode(_Full(offered.offer, offered.sampled(None)))
 
 
 def offer_digest(offer: RankOffer) -> bytes:

@@ -93,34 +93,26 @@ def find_targets(
     rank: int,
 ) -> Targets:
     """Everything that restoring a snapshot into ``state`` takes, and every reason why it cannot be done."""
-    finding = _Finding(state, catalog, values, selection, keep_missing, cast, rank)
+    finding = _Finding(state, catalog, values, selection, keep_missing, cast, rank, ParameterNames(state))
     for name, item in state.items():
         finding.item(name, item)
     finding.note_extra()
     return finding.targets
 
 
+@dataclass
 class _Finding:
-    def __init__(
-        self,
-        state: dict[str, Any],
-        catalog: Catalog,
-        values: Mapping[str, RestoredValue],
-        selection: Selection,
-        keep_missing: bool,
-        cast: bool,
-        rank: int,
-    ) -> None:
-        self.state = state
-        self.catalog = catalog
-        self.values = values
-        self.selection = selection
-        self.keep_missing = keep_missing
-        self.cast = cast
-        self.rank = rank
-        self.names = ParameterNames(state)
-        self.targets = Targets()
-        self.filled: dict[tuple[Any, ...], tuple[str, int]] = {}
+    state: dict[str, Any]
+    catalog: Catalog
+    values: Mapping[str, RestoredValue]
+    selection: Selection
+    keep_missing: bool
+    cast: bool
+    rank: int
+    names: ParameterNames
+    targets: Targets = field(default_factory=Targets)
+    filled: dict[tuple[Any, ...], tuple[str, int]] = field(default_factory=dict)
+    """For each tensor of the state, the first key it is filled under, and the number of the stored one."""
 
     def item(self, name: str, item: Any) -> None:
         if isinstance(item, nn.Module):
