@@ -408,14 +408,13 @@ class Checkpointer:
         if self._fence is not None:
             self._fence.close()
         self._closed = True
-        if self._pending is not None:
-            if not self._pending._finished.wait(timeout):
-                raise TimeoutError(f"step {self._pending.step} was not committed within {timeout} s")
-            self._join()
-            self._raise_earlier()
+        if self._pending is not None and not self._pending._finished.wait(timeout):
+            raise TimeoutError(f"step {self._pending.step} was not committed within {timeout} s")
+        self._join()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        self._raise_earlier()
 
     def __enter__(self) -> Checkpointer:
         return self

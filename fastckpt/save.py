@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from fastckpt.buffers import Pool, Slot, Source
-from fastckpt.errors import FastckptError, RankFailed, SaveError
+from fastckpt.errors import AnotherWriter, FastckptError, RankFailed, SaveError
 from fastckpt.format import document
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Live
@@ -247,8 +247,9 @@ class Saves:
             chunk_bytes = self._chunk_bytes
         layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes)  # refuses before anything is made
         if self._committer is None:
-            self._chunk_bytes = repository.create(self._store, chunk_bytes).format.chunk_bytes
-            committer = Committer(self._store)
+            made = repository.create(self._store, chunk_bytes)
+            self._chunk_bytes = made.format.chunk_bytes
+            committer = Committer(self._store, made.format_digest)
             committer.open()
             self._committer = committer
             if self._chunk_bytes != chunk_bytes:  # the repository was made before, with a grid of its own
@@ -338,7 +339,7 @@ class Saves:
                 )
             return msgspec.msgpack.decode(answer, type=Live)
         except Exception as error:
-            live = self._learn_outcome(attempt, written)
+            live = self._learn_outcome(attempt, written, error)
             if live is not None:
                 return live
             # On the rank that failed its own error is the cause; alone, it is the error.
@@ -401,12 +402,20 @@ class Saves:
             raise
         return msgspec.msgpack.encode(live)
 
-    def _learn_outcome(self, attempt: Attempt, written: ChunkWriter | BaseException) -> Live | None:
-        """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them."""
+    def _learn_outcome(
+        self, attempt: Attempt, written: ChunkWriter | BaseException, error: BaseException
+    ) -> Live | None:
+        """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them; to a
+        job that was fenced that is the reason, whatever it stumbled over first."""
         try:
-            result = outcome(self._store, attempt.id)
+            result = outcome(self._store, attempt.id, repository.Repository(self._store).format_digest)
         except FastckptError:
             return None
+        if result.fenced and result.committed is None and not isinstance(error, AnotherWriter):
+            raise AnotherWriter(
+                f"{self._store.url}: a later job has opened this repository and removed what this one was writing; "
+                f"attempt {attempt.id} can never be committed. Stop one of the two jobs"
+            ) from error
         if result.aborted and isinstance(written, ChunkWriter):
             written.delete()
         return result.committed

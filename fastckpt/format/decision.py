@@ -57,7 +57,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     number: Count
     previous: str
-    """Digest of the decision before this one, as stored; empty for number 1."""
+    """Digest of the decision before this one, as stored; in number 1 that of FORMAT."""
     writer: str
     """The writer that appended this one."""
     created: str
@@ -104,8 +104,8 @@ def decode_decision(data: bytes, number: int) -> Decision:
         raise FormatError(f"{name}: holds decision {entry.number}")
     if (entry.live is not None) != (entry.live_at == number) or entry.live_at > number:
         raise FormatError(f"{name}: live_at {entry.live_at} does not fit")
-    if (number == 1) != (entry.previous == "") or not (number == 1 or document.is_digest(entry.previous)):
-        raise FormatError(f"{name}: no digest of the decision before")
+    if not document.is_digest(entry.previous) and not (number == 1 and entry.previous == ""):
+        raise FormatError(f"{name}: no digest of what comes before it")
     if names.writer_open_number(entry.writer) > number:
         raise FormatError(f"{name}: by a writer that opens later")
     if isinstance(entry, Open) and names.writer_open_number(entry.writer) != number:

@@ -37,6 +37,7 @@ from fastckpt.errors import (
 )
 from fastckpt.format import document, names
 from fastckpt.format.decision import Abort, Commit, Decision, Live, Open, decode_decision
+from fastckpt.repository.metadata import read_metadata
 from fastckpt.storage.store import Store
 
 _Entry = TypeVar("_Entry", Open, Commit, Abort)
@@ -52,11 +53,13 @@ def now() -> str:
 class History:
     """The decisions of one repository as far as they have been read. One thread at a time."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, format_digest: str = "") -> None:
+        """``format_digest``: of the FORMAT object the history belongs to, which its first decision must carry."""
         self._store = store
+        self._format_digest = format_digest
         self.number = 0
         """Of the newest decision read; 0 before the first."""
-        self._digest = ""
+        self._digest = format_digest
         self._live: list[Live] = []
         self._live_at = 0
         self._writer = ""
@@ -89,6 +92,10 @@ class History:
         self.number, self._digest = first.number, document.digest(data)
         self._live, self._live_at = list(first.live), first.number
         self._writer = first.writer
+        if first.number == 1:
+            self._check_previous(first, self._format_digest)
+        elif newest.number > 1:
+            self._check_previous(self._read(1)[0], self._format_digest)
         self.refresh()
 
     def refresh(self) -> list[Decision]:
@@ -104,7 +111,7 @@ class History:
 
     def read_all(self) -> list[Decision]:
         """Every decision from the first, with the whole chain checked; for ``verify``."""
-        whole = History(self._store)
+        whole = History(self._store, self._format_digest)
         self.load()
         entries: list[Decision] = []
         while whole.number < self.number or not entries:  # a job beside this may be appending
@@ -221,7 +228,7 @@ class History:
 
     def _read(self, number: int) -> tuple[Decision, bytes]:
         name = names.decision(number)
-        data = self._store.read(name, size_max=_DECISION_BYTES_MAX)
+        data = read_metadata(self._store, name, _DECISION_BYTES_MAX)
         try:
             return decode_decision(data, number), data
         except FormatError as error:
@@ -229,8 +236,7 @@ class History:
 
     def _follow(self, entry: Decision, data: bytes) -> None:
         """Takes in the next decision, holding it to the rules its writer was held to."""
-        if entry.previous != self._digest:
-            raise self._damaged(entry.number, "does not carry the digest of the decision before it")
+        self._check_previous(entry, self._digest)
         if isinstance(entry, Open):
             self._writer = entry.writer
         elif entry.writer != self._writer:
@@ -251,6 +257,11 @@ class History:
         if entry.live is None and entry.live_at != self._live_at:
             raise self._damaged(entry.number, "points to a list of live snapshots that is not the newest")
         self.number, self._digest, self._live_at = entry.number, document.digest(data), entry.live_at
+
+    def _check_previous(self, entry: Decision, digest: str) -> None:
+        if entry.previous != digest:
+            before = "FORMAT" if entry.number == 1 else "the decision before it"
+            raise self._damaged(entry.number, f"does not carry the digest of {before}")
 
     def _damaged(self, number: int, what: str) -> SnapshotDamaged:
         name = names.decision(number)

@@ -44,6 +44,7 @@ from fastckpt.format.tables import (
     decode_part,
 )
 from fastckpt.plan.restore_plan import ChunkRead, Want, plan_reads, regions
+from fastckpt.repository.metadata import read_metadata
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
 
@@ -187,7 +188,7 @@ class Snapshot:
 
     def _metadata(self, name: str, size_max: int) -> builtins.bytes:
         try:
-            return self._store.read(name, size_max=size_max)
+            return read_metadata(self._store, name, size_max)
         except ObjectNotFound as error:
             raise SnapshotDamaged(f"step {self.step}: {name} is missing", object=name) from error
 

@@ -21,6 +21,7 @@ from fastckpt.errors import (
 from fastckpt.format import document, names
 from fastckpt.format.decision import VERSION, Format, decode_format
 from fastckpt.repository.history import History, now
+from fastckpt.repository.metadata import read_metadata
 from fastckpt.repository.reader import Snapshot, find, newest
 from fastckpt.storage.open import open_store
 from fastckpt.storage.store import Store
@@ -37,7 +38,7 @@ class Repository:
         """``FormatError`` if the store holds no repository, ``UnsupportedVersion`` if it holds a newer one."""
         self.store = store
         try:
-            data = store.read(names.FORMAT, size_max=_FORMAT_BYTES_MAX)
+            data = read_metadata(store, names.FORMAT, _FORMAT_BYTES_MAX)
         except ObjectNotFound:
             raise _no_repository(store) from None
         try:
@@ -46,7 +47,8 @@ class Repository:
             raise type(error)(f"{store.url}: {error}") from error
         except FormatError as error:
             raise SnapshotDamaged(f"{store.url}: {error}", object=names.FORMAT) from error
-        self.history = History(store)
+        self.format_digest = document.digest(data)
+        self.history = History(store, self.format_digest)
 
     @property
     def url(self) -> str:

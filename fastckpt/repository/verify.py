@@ -87,7 +87,7 @@ def check_history(repository: Repository) -> list[Damage]:
     if found:
         return found
     try:
-        read = History(repository.store).read_all()
+        read = History(repository.store, repository.format_digest).read_all()
     except (SnapshotDamaged, FormatError) as error:
         damaged = error.object if isinstance(error, SnapshotDamaged) else None
         return [Damage(object=damaged or "decisions", what=str(error))]
@@ -448,7 +448,7 @@ def strays(repository: Repository) -> dict[str, Stray]:
     """Objects that no decision names, with why they may be there. They do no harm but take room; the next job that
     opens the repository for writing removes those of attempts. What the newest writer has not committed yet is not
     counted: it may be at work."""
-    history = History(repository.store)
+    history = History(repository.store, repository.format_digest)
     opened = max((entry.number for entry in history.refresh() if isinstance(entry, Open)), default=0)
     committed = {live.attempt for live in history.live}
     found: dict[str, Stray] = {}

@@ -208,9 +208,9 @@ class Contents:
 class Committer:
     """The one who appends decisions for a job: its coordinator. Any thread may call; calls wait for each other."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, format_digest: str = "") -> None:
         self._store = store
-        self._history = History(store)
+        self._history = History(store, format_digest)
         self._lock = threading.RLock()
         self._counter = 0
         self.writer = ""
@@ -312,17 +312,19 @@ class Outcome:
 
     committed: Live | None
     aborted: bool
+    fenced: bool
+    """A later job has opened the repository: nothing of this writer can be committed any more."""
 
 
-def outcome(store: Store, attempt: str) -> Outcome:
+def outcome(store: Store, attempt: str, format_digest: str = "") -> Outcome:
     """Reads the history to learn what became of an attempt."""
-    history = History(store)
+    history = History(store, format_digest)
     history.load()
     live = next((snapshot for snapshot in history.live if snapshot.attempt == attempt), None)
     # ABORTs before the last list of live snapshots are not read by load(): look for them only when it matters.
     if live is None and not history.aborted(attempt):
-        history = History(store)
+        history = History(store, format_digest)
         history.refresh()
     if live is not None:
         history.confirm(live.decision)
-    return Outcome(live, history.aborted(attempt))
+    return Outcome(live, history.aborted(attempt), history.fenced(names.attempt_writer(attempt)))

@@ -5,6 +5,7 @@ lost, swapped and replaced. Nothing wrong is ever restored, and what is damaged 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from fastckpt.errors import FormatError, ObjectNotFound, SnapshotDamaged, StorageError
-from fastckpt.format import names
+from fastckpt.format import document, names
 from fastckpt.format.tables import ChunkPlace
 from fastckpt.options import Options
 from fastckpt.repository.reader import Snapshot
@@ -444,6 +445,22 @@ def test_an_object_of_another_repository_is_found_and_named(raw: FrozenStore, fo
                 if kind_of(name) == "decisions":
                     after = frozenset({names.decision(int(name[-12:]) + 1)})
                 must_be_named(raw, {name: foreign.objects[other]}, f"{name} holds {other} of another repository", after)
+
+
+def test_a_document_that_was_altered_and_sealed_again_is_found_and_named(raw: FrozenStore) -> None:
+    """What names a document names its digest too; only for FORMAT and the newest decision nothing does."""
+    altered = 0
+    for name in metadata(raw):
+        if kind_of(name) in ("decisions", "index") and name != newest_decision(raw):
+            fields = json.loads(raw.objects[name].partition(b"\n")[0])
+            place, key = (fields, "created") if kind_of(name) == "decisions" else (fields["environment"], "python")
+            place[key] = "2001-01-01T00:00:00.000Z"
+            after = frozenset[str]()
+            if kind_of(name) == "decisions":  # either it or the next one is wrong
+                after = frozenset({names.decision(int(name[-12:]) + 1)})
+            must_be_named(raw, {name: document.seal(fields)}, f"{name} sealed again", after)
+            altered += 1
+    assert altered == 4
 
 
 def test_the_FORMAT_of_another_repository_changes_nothing_that_is_restored(

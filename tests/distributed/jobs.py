@@ -1,4 +1,4 @@
-"""What the jobs of these tests train and compare: a model that is awkward to shard, and fingerprints of whole states."""
+"""What the jobs of these tests train and compare: a model that is awkward to shard, fingerprints of whole states."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -56,15 +57,17 @@ class Net(nn.Module):
 
 
 def build(kind: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A ``Net`` with its optimizer: "plain", "ddp" or "fsdp". Equal on all ranks; other seeds, other values."""
+    """A ``Net`` with its optimizer: "plain", "ddp", "fsdp" or "hsdp". Equal on all ranks; other seeds, other values."""
     torch.manual_seed(seed)
     model: nn.Module = Net()
     if kind == "ddp":
         model = DistributedDataParallel(model, broadcast_buffers=False)
-    if kind == "fsdp":
+    if kind in ("fsdp", "hsdp"):
+        shape = (2, 2) if kind == "hsdp" else (dist.get_world_size(),)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
         for block in (*model.blocks, model.low):  # type: ignore[union-attr]
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.01)
 
 

@@ -29,7 +29,7 @@ JOB_SECONDS = 90.0
 GRACE_SECONDS = 20.0
 """How long the others may go on once a rank has failed: they may be waiting for it in a collective."""
 
-# torch's TCPStore looks up the name of 127.0.0.1 for every connection; an unsteady name server would cost 5 s each time.
+# torch's TCPStore looks up the name of 127.0.0.1 for every connection; an unsteady name server costs 5 s each time.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 _context = multiprocessing.get_context("forkserver")

@@ -1,12 +1,14 @@
-"""One rank goes wrong: every rank hears of it, by rank and cause, nothing half done is kept, and the next save works."""
+"""One rank goes wrong: every rank hears of it, by rank and cause, nothing half done stays, and the next save works."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import fastckpt
 from fastckpt import (
+    Callback,
     Checkpointer,
     CommitTimeout,
     FastckptError,
@@ -34,6 +38,8 @@ from fastckpt import (
 )
 from fastckpt import checkpointer as front
 from fastckpt.job.group import StoreKeyValue
+from fastckpt.repository import writer
+from fastckpt.storage.local import _LocalWriter
 from fastckpt.storage.open import open_store
 from fastckpt.testing import FaultyStore
 
@@ -90,11 +96,12 @@ def test_a_state_that_one_rank_cannot_save_fails_on_all_and_the_next_save_works(
     ranks.run(3, one_cannot_describe, str(tmp_path))
 
 
-def one_cannot_write(url: str, operation: str) -> list[str]:
+def one_cannot_write(url: str, operation: str, number: int = 1) -> list[str]:
+    writer.PACK_BYTES_MAX = 4096  # every chunk is a pack
     error = OutOfSpace("the disk of rank 1 is full")
     if rank() == 1:
         front.open_store = lambda url: FaultyStore(  # type: ignore[attr-defined]
-            open_store(url), fail_at=1, error=error, only=lambda kind, name: kind == operation and "packs/" in name
+            open_store(url), fail_at=number, error=error, only=lambda kind, name: kind == operation and "packs/" in name
         )
     with Checkpointer(url, options=SMALL) as ckpt:
         state = {"x": sharded(1)}
@@ -110,9 +117,13 @@ def one_cannot_write(url: str, operation: str) -> list[str]:
 
 
 @pytest.mark.parametrize("operation", ["write", "append", "finish"])
-def test_storage_that_fails_one_rank_fails_the_save_on_all_and_leaves_nothing(tmp_path: Path, operation: str) -> None:
-    attempts = same(ranks.run(3, one_cannot_write, str(tmp_path), operation))
-    assert [folder.name for folder in (tmp_path / "packs").iterdir() if list(folder.rglob("*.pack"))] == attempts
+def test_storage_that_fails_one_rank_fails_the_save_on_all(tmp_path: Path, operation: str) -> None:
+    ranks.run(3, one_cannot_write, str(tmp_path), operation)
+
+
+def test_packs_that_a_rank_had_finished_before_it_failed_go_with_the_attempt(tmp_path: Path) -> None:
+    attempts = same(ranks.run(3, one_cannot_write, str(tmp_path), "finish", 2))
+    assert {pack.parts[-3] for pack in tmp_path.rglob("*.pack")} == set(attempts)
 
 
 def coordinator_cannot_commit(url: str) -> None:
@@ -157,12 +168,117 @@ def test_a_rank_that_died_is_named_by_the_others(tmp_path: Path, where: str) -> 
     assert [snapshot.step for snapshot in fastckpt.open(str(tmp_path)).snapshots()] == [1]
 
 
-def stays_away(url: str) -> None:
+def one_fence_gives_up(url: str) -> None:
+    go_on = threading.Event()
     if rank() == 1:
+        append = _LocalWriter.append
+
+        def late(*arguments: Any) -> int:
+            assert go_on.wait(20)
+            return append(*arguments)
+
+        _LocalWriter.append = late  # type: ignore[method-assign]
+    options = Options(chunk_bytes=4096, staging_bytes_max=4096, commit_seconds_max=30, fence_seconds_max=0.1)
+    with Checkpointer(url, options=options) as ckpt:
+        model = DistributedDataParallel(nn.Linear(64, 256))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pending = ckpt.save(1, {"model": model})
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()  # returns on rank 1 too
+        go_on.set()
+        with pytest.raises(RankFailed, match="rank 1 failed: rank 1: AttemptAborted") as caught:
+            pending.wait()
+        assert list(caught.value.failures) == [1]
+        ckpt.save(1, {"model": model}).wait()
+        assert steps(ckpt) == [1]
+
+
+def test_a_fence_that_is_given_up_on_one_rank_fails_the_save_on_all_and_training_goes_on(tmp_path: Path) -> None:
+    ranks.run(2, one_fence_gives_up, str(tmp_path))
+
+
+class LateNews:
+    """From now on rank 1 learns how a save ended only once ``event`` is set; the save itself is not held up."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        if rank() == 1:
+            commit = front.Saves.commit
+
+            def late(*arguments: Any) -> Any:
+                try:
+                    return commit(*arguments)
+                finally:
+                    assert self.event.wait(20)
+
+            front.Saves.commit = late  # type: ignore[method-assign]
+
+
+def skips_when_busy(url: str) -> tuple[int, list[int]]:
+    news = LateNews()
+    with Checkpointer(url, options=IMPATIENT) as ckpt:
+        callback = Callback(ckpt, {"x": torch.ones(10)}, every_steps=1, busy="skip")
+        callback.on_step_end(1)
+        if rank() == 0:
+            callback._pending.wait()  # type: ignore[union-attr]
+        dist.barrier()  # rank 0 knows that step 1 is committed, rank 1 does not
+        callback.on_step_end(2)
+        news.event.set()
+        callback.on_train_end()
+        return callback.skipped, steps(ckpt)
+
+
+def test_ranks_skip_a_save_together_or_not_at_all(tmp_path: Path) -> None:
+    skipped, saved = same(ranks.run(2, skips_when_busy, str(tmp_path)))
+    assert saved in ([1], [1, 2])
+    assert skipped == 2 - len(saved)
+
+
+def learns_late_of_a_failure(url: str) -> tuple[list[str], list[int]]:
+    news = LateNews()
+    if rank() == 0:
+        front.open_store = lambda url: FaultyStore(  # type: ignore[attr-defined]
+            open_store(url), fail_at=1, error=OutOfSpace("full"), only=lambda kind, name: kind == "append"
+        )
+    raised = []
+    with Checkpointer(url, options=IMPATIENT) as ckpt:
+        first = ckpt.save(1, {"x": sharded(1)})
+        if rank() == 0:
+            assert first._finished.wait(20)
+        dist.barrier()  # rank 0 knows that step 1 failed, rank 1 does not
+        for step in (2, 3, 4):
+            try:
+                ckpt.save(step, {"x": sharded(1)})
+            except FastckptError as error:
+                raised.append(type(error).__name__)
+            if step == 2:
+                news.event.set()
+            dist.barrier()
+        final = ckpt._pending
+        assert final is not None
+        final.wait(20)
+    return raised, steps(ckpt)
+
+
+def test_a_failure_that_ranks_learn_of_at_different_moments_costs_no_other_save(tmp_path: Path) -> None:
+    results = ranks.run(2, learns_late_of_a_failure, str(tmp_path))
+    assert [raised for raised, _ in results] == [["RankFailed"]] * 2, results
+    for _, saved in results:
+        assert saved in ([3, 4], [2, 3, 4])
+
+
+def stays_away(url: str) -> None:
+    store = dist.distributed_c10d._get_default_store()
+    others = ["rank 0 is through", "rank 2 is through"]
+    if rank() == 1:  # alive, and busy with something else
+        store.wait(others, timedelta(seconds=30))
         return
-    with pytest.raises(CommitTimeout, match="create their Checkpointer") as caught:
-        Checkpointer(url, options=IMPATIENT)
-    assert caught.value.missing_ranks == (1,)
+    try:
+        with pytest.raises(CommitTimeout, match="create their Checkpointer") as caught:
+            Checkpointer(url, options=IMPATIENT)
+        assert caught.value.missing_ranks == (1,)
+    finally:
+        store.set(f"rank {rank()} is through", "")
 
 
 def test_a_rank_that_makes_no_checkpointer_is_named_by_the_others(tmp_path: Path) -> None:
@@ -170,7 +286,7 @@ def test_a_rank_that_makes_no_checkpointer_is_named_by_the_others(tmp_path: Path
 
 
 def damage(snapshot: fastckpt.Snapshot, key: str, element: int) -> tuple[str, int]:
-    """Flips a byte in the chunk that holds this element of a float32 tensor; returns the pack and the chunk's offset."""
+    """Flips a byte in the chunk that holds this element of a float32 tensor; returns its pack and offset."""
     number = snapshot.key_number(key)
     layout, chunks = snapshot.layout, snapshot.chunks
     columns = layout.shapes[number][1]
@@ -265,10 +381,8 @@ def in_time(call: Callable[[], object], seconds: float) -> bool:
     """Whether ``call`` returns or raises within so many seconds."""
 
     def run() -> None:
-        try:
+        with contextlib.suppress(FastckptError, TimeoutError, RuntimeError):
             call()
-        except Exception as error:
-            assert isinstance(error, FastckptError | TimeoutError | RuntimeError)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

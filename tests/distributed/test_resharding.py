@@ -30,7 +30,9 @@ def shapes(seed: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     choose = random.Random(seed)
     found = {}
     for number in range(36):
-        dims = choose.choice([(), (0,), (3, 0, 2), *[tuple(choose.randrange(1, 9) for _ in range(n)) for n in (1, 2, 2, 3)]])
+        dims = choose.choice(
+            [(), (0,), (3, 0, 2), *[tuple(choose.randrange(1, 9) for _ in range(n)) for n in (1, 2, 2, 3)]]
+        )
         found[f"t{number}"] = (choose.choice(DTYPES), dims)
     found["tall"] = ("float32", (211, 13))
     found["wide"] = ("bfloat16", (3, 5003))

@@ -57,7 +57,9 @@ def save_experts(url: str) -> torch.Tensor:
     torch.manual_seed(rank())
     expert = nn.Linear(3, 2)
     with Checkpointer(url, options=SMALL) as ckpt:
-        with pytest.raises(ValueError, match=r"expert\.bias: differs between ranks \(rank 0 from rank 1 from rank 2\)") as one:
+        with pytest.raises(
+            ValueError, match=r"expert\.bias: differs between ranks \(rank 0 from rank 1 from rank 2\)"
+        ) as one:
             ckpt.save(1, {"expert": expert})
         assert "fastckpt.Shard(tensor, offsets, shape)" in str(one.value)
         with pytest.raises(ValueError, match="expert: differs between ranks"):

@@ -38,7 +38,10 @@ def leg(kind: str, folder: str, number: int) -> tuple[Prints | None, Prints]:
             assert restored == by_dcp(kind, f"{folder}/dcp-{step}", seed=100 + number)
         train(model, optimizer, range(2))
         pending = ckpt.save(number, state)
-        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=f"{folder}/dcp-{number}")
+        dcp.save(
+            dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)),
+            checkpoint_id=f"{folder}/dcp-{number}",
+        )
         pending.wait()
         return restored, prints(whole(model, optimizer))
 
@@ -57,7 +60,7 @@ def by_dcp(kind: str, folder: str, seed: int) -> Prints:
         ["fsdp"] * 5,
         ["ddp"] * 5,
         ["fsdp", "ddp", "fsdp", "plain", "ddp"],
-        ["ddp", "fsdp", "ddp", "fsdp", "fsdp"],
+        ["hsdp", "fsdp", "ddp", "fsdp", "hsdp"],
     ],
     ids=lambda kinds: "-".join(kinds),
 )
@@ -146,7 +149,9 @@ def restore_parts(url: str, saved: dict[str, torch.Tensor]) -> None:
         after = prints(whole(model))
         chosen = {name for name in after if name.startswith("blocks.")}
         assert {name: after[name] for name in chosen} == {name: expected[name] for name in chosen}
-        assert {name: after[name] for name in set(after) - chosen} == {name: before[name] for name in set(after) - chosen}
+        assert {name: after[name] for name in set(after) - chosen} == {
+            name: before[name] for name in set(after) - chosen
+        }
 
         model, _ = build("fsdp", seed=3)
         ckpt.restore({"net": model}, rename={"model.": "net.", "optimizer": "unused"})
@@ -167,7 +172,9 @@ def restore_parts(url: str, saved: dict[str, torch.Tensor]) -> None:
         headed = Headed()
         fully_shard(headed)
         before = prints(whole(headed))
-        with pytest.raises(StateMismatch, match=r"(?s)head.weight: in the state but not in the snapshot.*head.bias: in"):
+        with pytest.raises(
+            StateMismatch, match=r"(?s)head.weight: in the state but not in the snapshot.*head.bias: in"
+        ):
             ckpt.restore({"model": headed}, only=("model.embed*", "model.head*"))
         assert prints(whole(headed)) == before
         ckpt.restore({"model": headed}, only=("model.embed*", "model.head*"), missing="keep")
@@ -179,7 +186,9 @@ def restore_parts(url: str, saved: dict[str, torch.Tensor]) -> None:
 
         half = nn.Linear(3, 6, dtype=torch.bfloat16)
         fully_shard(half)
-        with pytest.raises(StateMismatch, match=r"half.weight: float32 in the snapshot, bfloat16 in the state \(cast=True"):
+        with pytest.raises(
+            StateMismatch, match=r"half.weight: float32 in the snapshot, bfloat16 in the state \(cast=True"
+        ):
             ckpt.restore({"half": half}, rename={"model.low": "gone", "model.embed.": "half."})
         ckpt.restore({"half": half}, rename={"model.low": "gone", "model.embed.": "half."}, cast=True)
         cast = {"weight": saved["embed.weight"].bfloat16(), "bias": saved["embed.bias"].bfloat16()}

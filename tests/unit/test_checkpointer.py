@@ -243,6 +243,30 @@ def test_a_failure_behind_the_loop_is_raised_by_close_once(url: str, monkeypatch
         ckpt.restore({})
 
 
+def test_a_failure_is_not_lost_because_the_next_save_was_already_under_way(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    write = front.Saves.write
+
+    def late(saves: Any, attempt: Any, offered: Any, pool: Any, trace: Any, on_staged: Any) -> Any:
+        if attempt.step > 1:
+            return write(saves, attempt, offered, pool, trace, on_staged)
+        on_staged()  # everything is read; that it cannot be written shows only later
+        assert go_on.wait(SECONDS)
+        raise OutOfSpace("the disk was full at step 1")
+
+    monkeypatch.setattr(front.Saves, "write", late)
+    ckpt = Checkpointer(url)
+    ckpt.save(1, {"t": torch.ones(10)})
+    second = ckpt.save(2, {"t": torch.ones(10)})
+    go_on.set()
+    second.wait(SECONDS)
+    with pytest.raises(OutOfSpace, match="step 1"):
+        ckpt.close()
+    ckpt.close()
+
+
 def test_leaving_the_block_waits_for_the_commit_and_raises_what_went_wrong(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,13 +281,13 @@ def test_leaving_the_block_waits_for_the_commit_and_raises_what_went_wrong(
 def test_an_error_in_the_block_stays_the_error_and_carries_what_became_of_the_last_save(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ZeroDivisionError) as caught, Checkpointer(url) as ckpt:
+    with pytest.raises(ZeroDivisionError) as caught, Checkpointer(url) as ckpt:  # noqa: PT012
         pending = ckpt.save(1, {"t": torch.ones(10)})
         _ = 1 / 0
     assert pending.status == "committed"
     assert not hasattr(caught.value, "__notes__")
     failing(monkeypatch, url)
-    with pytest.raises(ZeroDivisionError) as caught, Checkpointer(url) as ckpt:
+    with pytest.raises(ZeroDivisionError) as caught, Checkpointer(url) as ckpt:  # noqa: PT012
         ckpt.save(2, {"t": torch.ones(10)})
         _ = 1 / 0
     assert caught.value.__notes__ == [
@@ -283,7 +307,7 @@ def test_after_an_error_in_the_block_a_save_that_hangs_is_not_waited_for_forever
 
     monkeypatch.setattr(front.Saves, "write", late)
     monkeypatch.setattr(front, "CLOSE_SECONDS_AFTER_ERROR", 0.05)
-    with pytest.raises(ZeroDivisionError) as caught, Checkpointer(url) as ckpt:
+    with pytest.raises(ZeroDivisionError) as caught, Checkpointer(url) as ckpt:  # noqa: PT012
         pending = ckpt.save(1, {"t": torch.ones(10)})
         _ = 1 / 0
     assert "TimeoutError: step 1 was not committed within 0.05 s" in caught.value.__notes__[0]

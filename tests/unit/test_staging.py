@@ -82,7 +82,7 @@ class Job:
 
     def saved(self, step: int) -> dict[str, bytes]:
         snapshot = fastckpt.open(self.ckpt.url).snapshot(step)
-        return {key: snapshot.read(key).tobytes() for key in snapshot.keys() if not key.startswith("optimizer")}
+        return {key: snapshot.read(key).tobytes() for key in snapshot.layout.keys if not key.startswith("optimizer")}
 
     def open_when(self, event: threading.Event) -> None:
         """Opens the gate, from another thread, once ``event`` is set."""

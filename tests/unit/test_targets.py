@@ -136,6 +136,33 @@ def test_hyperparameters_are_restored_and_how_a_step_is_computed_is_the_targets_
     train(model, fresh, range(1, 2))
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps numbers that are no tensors, as optimizers outside torch do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state.setdefault("step", 0)
+            state.update(step=state["step"] + 1, rms=1 / 3, kind="odd", nothing=None, warm=True)
+            parameter.sub_(0.1 / state["step"])
+
+
+def test_numbers_in_the_state_of_an_optimizer_are_restored_as_what_they_were(url: str) -> None:
+    model = network(1)
+    optimizer = Counting(model.parameters())
+    train(model, optimizer, range(3))
+    save(url, {"model": model, "optimizer": optimizer})
+    again = network(2)
+    fresh = Counting(again.parameters())
+    restore(url, {"model": again, "optimizer": fresh})
+    assert fresh.state[again[0].weight] == {"step": 3, "rms": 1 / 3, "kind": "odd", "nothing": None, "warm": True}
+    assert shown(again, fresh) == shown(model, optimizer)
+
+
 def test_state_tensors_keep_their_place_in_memory_where_they_fit(url: str) -> None:
     model = network(1)
     optimizer = optim.AdamW(model.parameters())
@@ -358,7 +385,8 @@ def test_only_rename_missing_and_cast_choose_what_is_restored_where(url: str) ->
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("int64", "float16"), ("float64", "complex64")]
+    ("stored", "wanted"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("int64", "float16"), ("float64", "complex64")],
 )
 def test_a_cast_converts_as_torch_does(url: str, stored: str, wanted: str) -> None:
     original = (torch.randn(7, 3) * 9).to(getattr(torch, stored))
