@@ -22,7 +22,6 @@ with fastckpt.Checkpointer(url) as ckpt:
         ckpt,
         state,
         every_steps=4,
-        busy="wait",  # when the save before is not committed yet; "skip" leaves this one out
         failures_max=3,  # so many failed saves in a row are only logged
         on_committed=lambda snapshot: print(f"committed step {snapshot.step}: {snapshot.metrics}"),
     )

@@ -30,32 +30,27 @@ class Callback:
         *,
         every_steps: int,
         resume: Literal["if-any", "must", "never"] = "if-any",
-        busy: Literal["wait", "skip"] = "wait",
         failures_max: int = 3,
         on_committed: Callable[[Snapshot], None] | None = None,
     ) -> None:
-        """``busy``: what to do when a save is due and the one before is not committed yet; a skip is logged and
-        counted. ``failures_max``: that many failed saves in a row are logged and counted, the next one raises.
+        """``failures_max``: that many failed saves in a row are logged and counted, the next one raises.
         ``on_committed`` is called on the training thread with each snapshot once it is committed."""
         if every_steps <= 0:
             raise ValueError(f"every_steps={every_steps} is not positive")
-        if resume not in ("if-any", "must", "never") or busy not in ("wait", "skip"):
-            raise ValueError(f"resume={resume!r} or busy={busy!r} is not one of the values it may have")
+        if resume not in ("if-any", "must", "never"):
+            raise ValueError(f"resume={resume!r} is not 'if-any', 'must' or 'never'")
         if failures_max < 0:
             raise ValueError(f"failures_max={failures_max} is negative")
         self._checkpointer = checkpointer
         self._state = state
         self._every_steps = every_steps
         self._resume = resume
-        self._busy = busy
         self._failures_max = failures_max
         self._on_committed = on_committed
-        self._pending: Pending | None = None
+        self._pending: list[Pending] = []
         self._failures = 0
         self.failed = 0
         """Saves that failed so far."""
-        self.skipped = 0
-        """Saves that were due but skipped because the one before was not committed."""
 
     def on_train_begin(self) -> int:
         """Restores; returns the first step to run. ``SnapshotNotFound`` if ``resume="must"`` and there is none."""
@@ -68,33 +63,34 @@ class Callback:
 
     def on_step_end(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
         """Saves if ``step`` is due. Returns True when training should stop, which nothing asks for yet."""
-        self._look_after(wait=False)
+        self._look_after()
         if step % self._every_steps:
             return False
-        if self._pending is not None and not self._pending.done:
-            if self._busy == "skip":
-                self.skipped += 1
-                log.warning("step %d is not saved: step %d is not committed yet", step, self._pending.step)
-                return False
-            self._look_after(wait=True)
         try:
-            self._pending = self._checkpointer.save(step, self._state, metrics=metrics)
+            pending = self._checkpointer.save(step, self._state, metrics=metrics)
         except FastckptError as error:
-            self._count(step, error)
+            started = self._checkpointer.pending
+            if started is None or started.step != step:
+                self._count(step, error)
+                return False
+            pending = started  # the error is an earlier save's, which is looked after as its turn comes
+        self._pending.append(pending)
         return False
 
     def on_train_end(self) -> None:
-        """Waits for the last save to be committed, and raises if it failed, however many were tolerated before."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.wait()
-            self._committed(pending)
+        """Waits for every save to be committed, and raises if the last one failed, however many were tolerated."""
+        while len(self._pending) > 1:
+            self._finish(self._pending.pop(0))
+        if self._pending:
+            last = self._pending.pop()
+            last.wait()
+            self._committed(last)
 
-    def _look_after(self, wait: bool) -> None:
-        pending = self._pending
-        if pending is None or not (wait or pending.done):
-            return
-        self._pending = None
+    def _look_after(self) -> None:
+        while self._pending and self._pending[0].done:
+            self._finish(self._pending.pop(0))
+
+    def _finish(self, pending: Pending) -> None:
         try:
             pending.wait()
         except FastckptError as error:

@@ -159,9 +159,10 @@ class Checkpointer:
         """Starts saving ``state`` as the snapshot of ``step`` and returns; the rest happens behind the training loop.
 
         Parameters and optimizer state are read until the next ``Optimizer.step``, which waits for that; everything else
-        in the state is copied before this returns. Raises what a previous save failed with, ``SnapshotExists`` if this
-        writer has saved the step before, and ``ValueError`` or ``TypeError`` naming keys that cannot be saved. The
-        first save, and one whose layout is new, meets the other ranks before it returns.
+        in the state is copied before this returns. ``SnapshotExists`` if this writer has saved the step before,
+        ``ValueError`` or ``TypeError`` naming keys that cannot be saved. The first save, and one whose layout is new,
+        meets the other ranks before it returns. What an earlier save failed with is raised here too, once this one has
+        been started: it goes on, as ``self.pending``.
         """
         self._check_usable()
         if isinstance(step, bool) or not hasattr(step, "__index__"):
@@ -172,7 +173,6 @@ class Checkpointer:
             check_labels(step, dict(labels.metrics), labels.note)
         except LimitExceeded as error:
             raise ValueError(str(error)) from None
-        self._raise_earlier()
         if step in self._steps:
             raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
         if self._pending is not None:
@@ -181,14 +181,13 @@ class Checkpointer:
         offered: Staging | BaseException
         try:
             description = describe(state)
-            offered = Staging(description, self._options.copy)
+            offered = Staging(description, self._options.copy, self._group.size)
             copy = self._options.fence == "copy" or broken_step_hook_reason(description.optimizers) is not None
         except Exception as error:
             offered, copy = error, False
         attempt: Attempt | None = None
         if isinstance(offered, BaseException) or not self._saves.expects(offered):
             self._join()
-            self._raise_earlier()
             attempt = self._saves.agree(step, offered)
         assert isinstance(offered, Staging)
         if self._group.rank == 0:
@@ -205,6 +204,8 @@ class Checkpointer:
         if copy:
             self._hold_step()
         pending._trace.add_since("return", pending._started)
+        # Only now: ranks learn of a failure at different moments, and must start the same saves all the same.
+        self._raise_earlier()
         return pending
 
     def _run(

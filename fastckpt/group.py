@@ -148,6 +148,11 @@ def _number_nodes(identities: Mapping[int, bytes]) -> list[int]:
     return [numbers.setdefault(identities[rank], len(numbers)) for rank in sorted(identities)]
 
 
+def missing_ranks_error(ranks: Sequence[int], what: str) -> CommitTimeout:
+    """For ranks that were not heard of in time."""
+    return CommitTimeout(f"{_ranks(ranks)} not heard of while waiting for {what} (missing: {_ranks(ranks)})", ranks)
+
+
 def checked(replies: Mapping[int, Reply]) -> dict[int, bytes]:
     """The replies if all are bytes; otherwise the error that tells what went wrong, naming the ranks."""
     failures = {rank: reply for rank, reply in sorted(replies.items()) if isinstance(reply, BaseException)}

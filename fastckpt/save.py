@@ -134,7 +134,7 @@ class _Written(msgspec.Struct, array_like=True, frozen=True):
     attempt: str
     table: RankTable
     blobs: list[bytes]
-    raw_bytes: int
+    tensor_bytes: int
     stored_bytes: int
 
 
@@ -157,6 +157,7 @@ class Saves:
         self._count = 0
         self._offered = b""
         self._agreed: Agreed | None = None
+        self._writer: ChunkWriter | None = None
         # The coordinator's side.
         self._committer: Committer | None = None
         self._chunk_bytes = 0
@@ -274,6 +275,7 @@ class Saves:
         agreed = attempt.agreed
         layout = agreed.layout
         writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
+        self._writer = writer
         shards = {piece.shard for _, pieces in agreed.mine for piece in pieces}
         sources = {
             shard: offered.source(layout.keys[layout.shard_keys[shard]], layout.box(shard)) for shard in sorted(shards)
@@ -339,7 +341,7 @@ class Saves:
                 )
             return msgspec.msgpack.decode(answer, type=Live)
         except Exception as error:
-            live = self._learn_outcome(attempt, written, error)
+            live = self._learn_outcome(attempt, error)
             if live is not None:
                 return live
             # On the rank that failed its own error is the cause; alone, it is the error.
@@ -354,8 +356,8 @@ class Saves:
         blobs = {digests[name]: blob for name, blob in values.items()}
         if self._rank != 0:
             blobs = {digest: blob for digest, blob in blobs.items() if digest not in attempt.common}
-        raw_bytes = attempt.agreed.mine_bytes + sum(len(blob) for blob in blobs.values())
-        return _Written(attempt.id, written.table(digests), list(blobs.values()), raw_bytes, written.stored_bytes)
+        mine_bytes = attempt.agreed.mine_bytes
+        return _Written(attempt.id, written.table(digests), list(blobs.values()), mine_bytes, written.stored_bytes)
 
     def _on_written(self, attempt: Attempt, replies: dict[int, Reply]) -> bytes:
         """Node leader: one part and one line for all ranks of the node."""
@@ -371,7 +373,8 @@ class Saves:
             [written.table for written in ranks],
             blobs.values(),
         )
-        raw, stored = sum(written.raw_bytes for written in ranks), sum(written.stored_bytes for written in ranks)
+        raw = sum(written.tensor_bytes for written in ranks) + sum(len(blob) for blob in blobs.values())
+        stored = sum(written.stored_bytes for written in ranks)
         return msgspec.msgpack.encode(_NodeLine(part, raw, stored, attempt.agreed.digest))
 
     def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels) -> bytes:
@@ -402,9 +405,7 @@ class Saves:
             raise
         return msgspec.msgpack.encode(live)
 
-    def _learn_outcome(
-        self, attempt: Attempt, written: ChunkWriter | BaseException, error: BaseException
-    ) -> Live | None:
+    def _learn_outcome(self, attempt: Attempt, error: BaseException) -> Live | None:
         """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them; to a
         job that was fenced that is the reason, whatever it stumbled over first."""
         try:
@@ -416,8 +417,8 @@ class Saves:
                 f"{self._store.url}: a later job has opened this repository and removed what this one was writing; "
                 f"attempt {attempt.id} can never be committed. Stop one of the two jobs"
             ) from error
-        if result.aborted and isinstance(written, ChunkWriter):
-            written.delete()
+        if result.aborted and self._writer is not None:
+            self._writer.delete()
         return result.committed
 
 

@@ -25,17 +25,20 @@ what follows. `n`, `rank` and `sizes` are ints that are not negative, `data[x]` 
     "scalar"         dtype                        data[item bytes]: a numpy scalar
     "array"          dtype rank sizes...          data[product of sizes x item bytes]: a numpy array
     "tensor"         dtype device rank sizes...   the same: a small torch tensor
-    "torch_size"     n size...                    n int tokens
+    "torch_size"     n size...                    n int tokens from -2^63 to 2^63 - 1
     "torch_dtype"    name                         str token
-    "torch_device"   name                         str token: a type, or a type, a colon and an index
+    "torch_device"   name                         str token: [a-z][a-z0-9_]{0,31}(:[0-9]{1,5})?
     "reference"      key                          str token: the key of a tensor stored among the snapshot's tensors
 
-`dtype` is a str token from the table of tensor dtypes; elements lie in C order, little-endian. Keys of dicts and
+`dtype` is a str token from the table of tensor dtypes, in "scalar" and "array" without sub-byte integers, the bits
+types, complex32 and float4; elements lie in C order, little-endian. Keys of dicts and
 members of sets have no list, dict, ordered_dict, counter, deque, set, array, tensor or reference in them. Members of a
 set are ordered by their encodings (each as if it were a whole value), compared as byte strings.
 
 A reader refuses: anything msgpack does not write in its shortest form (and float 32); a token array with a missing or
-left-over token; left-over data; an unknown tag, dtype or device; equal keys or members; members out of order; a rank
+left-over token; left-over data; an unknown tag, dtype or device; equal keys or members (as Python compares: 1, 1.0 and
+true are equal, NaN is equal to nothing); members whose encodings fall; an array header that claims more tokens than
+there are bytes; a rank
 above 64 (32 for numpy's); sizes whose product, zeros counted as ones, times the item bytes is above 2^63 - 1.
 Limits: 10,000,000 tokens; 32 containers inside each other.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import platform
@@ -14,22 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from fastckpt.errors import CommitTimeout
-from fastckpt.group import Group, KeyValueGroup, SoloGroup
+from fastckpt.group import Group, KeyValue, KeyValueGroup, SoloGroup, decode_reply, encode_reply, missing_ranks_error
 
 T = TypeVar("T")
 
 _numbers = itertools.count()
-_SLICE_SECONDS = 1.0
-"""Longest single wait inside the store, so that a call that was given up ends soon after."""
+_POLL_SECONDS_MAX = 0.1
+_ANSWER_SECONDS = 2.0
+"""A call to the key-value store that takes this much longer than it was told to is given up."""
 
 
 def job_group(seconds_max: float) -> Group:
-    """The group of this process's job. All ranks create their Checkpointers in the same order, on the thread that runs
-    the job's collectives: one broadcast tells this incarnation of the job from earlier ones.
+    """The group of this process's job. All ranks create their Checkpointers in the same order.
 
     ``RuntimeError`` if the launcher says there are several ranks but no process group has been made.
     """
@@ -43,13 +41,10 @@ def job_group(seconds_max: float) -> Group:
         return SoloGroup()
     if dist.get_world_size() == 1:
         return SoloGroup()
-    # A launcher may keep its key-value store when it restarts the workers, and with it what the dead ones posted last:
-    # every incarnation needs keys of its own.
-    nonce = torch.tensor([secrets.randbits(62)], device=dist.distributed_c10d._get_pg_default_device())
-    dist.broadcast(nonce, 0)
-    prefix = f"fastckpt/{int(nonce.item()):016x}/{next(_numbers)}"
     kv = StoreKeyValue(dist.distributed_c10d._get_default_store())
-    return KeyValueGroup(kv, dist.get_rank(), dist.get_world_size(), prefix, _node(), seconds_max)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    incarnation = agree_on_incarnation(kv, rank, size, f"fastckpt/{next(_numbers)}", seconds_max)
+    return KeyValueGroup(kv, rank, size, f"fastckpt/{incarnation}", _node(), seconds_max)
 
 
 def _node() -> str:
@@ -77,19 +72,16 @@ class StoreKeyValue:
         end = time.monotonic() + seconds
 
         def wait(store: Any) -> bytes | None:
-            while True:
-                left = max(0.001, min(_SLICE_SECONDS, end - time.monotonic()))
-                try:
-                    store.wait([key], datetime.timedelta(seconds=left))
-                except (dist.DistStoreError, RuntimeError) as error:
-                    if not _is_timeout(error):
-                        raise
-                    if time.monotonic() >= end:
-                        return None
-                else:
-                    return bytes(store.get(key))
+            # Asking again and again, ever less often: torch's own wait logs a warning whenever it times out.
+            start = time.monotonic()
+            while not store.check([key]):
+                now = time.monotonic()
+                if now >= end:
+                    return None
+                time.sleep(min(_POLL_SECONDS_MAX, max(0.0005, (now - start) / 10), end - now))
+            return bytes(store.get(key))
 
-        return self._call(wait, seconds + 2 * _SLICE_SECONDS)
+        return self._call(wait, seconds + _ANSWER_SECONDS)
 
     def delete(self, keys: Sequence[str]) -> None:
         def delete(store: Any) -> None:
@@ -100,7 +92,7 @@ class StoreKeyValue:
 
     def _call(self, call: Callable[[Any], T], seconds: float) -> T:
         with self._lock:
-            client = self._idle.pop() if self._idle else _Client(self._store.clone())
+            client = self._idle.pop() if self._idle else _Client(self._store)
         try:
             result = client.call(call, seconds)
         except Exception as error:
@@ -114,7 +106,7 @@ class StoreKeyValue:
 
 
 class _Client:
-    """A clone of the store and the thread that calls it."""
+    """A clone of the store and the thread that makes and calls it: connecting can hang as well as any call."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -124,10 +116,13 @@ class _Client:
         threading.Thread(target=self._run, name="fastckpt-store", daemon=True).start()
 
     def _run(self) -> None:
+        clone = None
         while True:
             call, results = self._calls.get()
             try:
-                results.put((True, call(self._store)))
+                if clone is None:
+                    clone = self._store.clone()
+                results.put((True, call(clone)))
             except BaseException as error:
                 results.put((False, error))
 
@@ -143,5 +138,44 @@ class _Client:
         return result  # type: ignore[no-any-return]
 
 
-def _is_timeout(error: Exception) -> bool:
-    return "timeout" in str(error).lower() or "timed out" in str(error).lower()
+def agree_on_incarnation(kv: KeyValue, rank: int, size: int, prefix: str, seconds_max: float) -> str:
+    """A name for these keys that all ranks of this incarnation of the job have, and no earlier one had.
+
+    A launcher may keep its key-value store when it restarts the workers, and with it what the dead ones posted last. So
+    each rank posts a token of its own making; rank 0 answers under the token, answers again when it finds the token
+    replaced by a later one, and is done when every rank has confirmed under the name it was given. ``CommitTimeout``
+    names the ranks that did not come within ``seconds_max``.
+    """
+    end = time.monotonic() + seconds_max
+    name = secrets.token_hex(8)
+    if rank:
+        token = secrets.token_hex(8)
+        kv.set(f"{prefix}/token/{rank}", token.encode())
+        answer = kv.get(f"{prefix}/name/{token}", seconds_max + 2)
+        if answer is None:
+            raise missing_ranks_error([0], _ALL_RANKS)
+        name = answer.decode()
+        kv.set(f"{prefix}/{name}/confirmed/{rank}", b"")
+        outcome = kv.get(f"{prefix}/{name}/outcome", max(0.0, end - time.monotonic()) + 2)
+        reply = missing_ranks_error([0], _ALL_RANKS) if outcome is None else decode_reply(outcome)
+        if isinstance(reply, BaseException):
+            raise reply
+        return name
+    waiting = list(range(1, size))
+    answered: dict[int, bytes] = {}
+    while waiting and time.monotonic() < end:
+        for member in list(waiting):
+            token_seen = kv.get(f"{prefix}/token/{member}", 0.0 if member in answered else 0.01)
+            if token_seen is not None and answered.get(member) != token_seen:
+                kv.set(f"{prefix}/name/{token_seen.decode()}", name.encode())
+                answered[member] = token_seen
+            if member in answered and kv.get(f"{prefix}/{name}/confirmed/{member}", 0.01) is not None:
+                waiting.remove(member)
+    failure = missing_ranks_error(waiting, _ALL_RANKS) if waiting else None
+    kv.set(f"{prefix}/{name}/outcome", encode_reply(failure or b""))
+    if failure is not None:
+        raise failure
+    return name
+
+
+_ALL_RANKS = "all ranks to create their Checkpointer"

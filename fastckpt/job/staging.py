@@ -27,7 +27,7 @@ from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
 from fastckpt.job.state import Description, Held
-from fastckpt.plan.save_plan import COMPARED, KNOWN, OWN, Offer, RankOffer
+from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer, RankOffer
 
 SAMPLES = 64
 """Pieces compared with the live tensors after staging."""
@@ -81,10 +81,11 @@ class Staging:
     Made on the training thread; afterwards used by one background thread.
     """
 
-    def __init__(self, description: Description, copy: Sequence[str] = ()) -> None:
+    def __init__(self, description: Description, copy: Sequence[str] = (), world_size: int = 1) -> None:
         """Copies what may change before the fence: buffers, plain tensors, and keys matching a glob in ``copy``."""
         self._held = description.held
         self.mesh = description.mesh
+        self._world_size = world_size
         self._lock = threading.Lock()
         self._given_up = False
         self._events: dict[torch.device, torch.Event] = {}
@@ -111,8 +112,12 @@ class Staging:
     def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
         """For each of ``keys`` held here (None: all that are not known to be equal), a digest of sampled content."""
         if keys is None:
-            keys = [key for key, held in self._held.items() if held.sharing in (COMPARED, OWN)]
+            keys = [key for key, held in self._held.items() if not self._equal_everywhere(held)]
         return {key: self._digest(self._held[key]) for key in keys if key in self._held}
+
+    def _equal_everywhere(self, held: Held) -> bool:
+        """Whether nothing has to be compared: a tensor on a part of the mesh may have holders beyond that part."""
+        return held.sharing == LOWEST or (held.sharing == KNOWN and len(held.among) == self._world_size)
 
     def _digest(self, held: Held) -> bytes:
         content: list[bytes] = [held.dtype.encode(), str(held.shape).encode()]

@@ -155,8 +155,8 @@ def hold(
     dtype = dtype_name(tensor, key)
     if isinstance(tensor, DTensor):
         pieces = tuple((box, view) for box, view in dtensor.local_boxes(tensor, key) if box.elements)
-        # A DTensor's placements say which ranks of its mesh hold equal boxes.
-        sharing = KNOWN if sharing == COMPARED else sharing
+        # Its placements say which ranks of its mesh hold equal boxes, wherever in the state it is.
+        sharing = KNOWN
         among = tuple(dtensor.mesh_ranks(tensor))
     else:
         box = Box.whole(tuple(tensor.shape))

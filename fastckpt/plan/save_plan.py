@@ -96,8 +96,8 @@ def plan_save(
 ) -> tuple[Layout, list[Comparison]]:
     """The layout of a save, and what has to be compared before each save that uses it.
 
-    ``digests`` holds, for each rank, a digest of the sampled content of every tensor offered as ``COMPARED`` or
-    ``OWN``. ``ValueError`` naming key and ranks if ranks disagree about a tensor, or do not hold all of it.
+    ``digests`` holds, for each rank, a digest of the sampled content of every tensor that is not known to be equal
+    everywhere. ``ValueError`` naming key and ranks if ranks disagree about a tensor, or do not hold all of it.
     """
     held: dict[str, dict[int, Offer]] = {}
     for rank in sorted(offers):
@@ -122,9 +122,9 @@ def plan_save(
             _check_cover(key, first.shape, boxes)
             for box, ranks in boxes.items():
                 classes.setdefault(ranks, []).append((identity, box))
-            sharing_ranks = tuple(sorted(holders))
-            if owner == SHARED and len(holders) > 1 and first.sharing in (COMPARED, OWN):
-                compared.setdefault(sharing_ranks, []).append(key)
+            if owner == SHARED:
+                for ranks in _to_compare(holders, offers):
+                    compared.setdefault(ranks, []).append(key)
 
     for identity, to in aliases.items():
         if to not in described or to in aliases:
@@ -191,8 +191,7 @@ def _holders(
             result[box] = (ranks[0],)
             continue
         result[box] = tuple(ranks)
-        known = set(offers[ranks[0]].groups[first.among]) if first.sharing == KNOWN else set()
-        if len(ranks) == 1 or known.issuperset(ranks):
+        if len(ranks) == 1 or _known(first, ranks, offers):
             continue
         by_digest: dict[bytes, list[int]] = {}
         for rank in ranks:
@@ -203,6 +202,23 @@ def _holders(
                 f"{key}: differs between ranks ({groups}); keeping one of them would lose the others. {_WAYS_OUT}"
             )
     return result
+
+
+def _to_compare(holders: Mapping[int, Offer], offers: Mapping[int, RankOffer]) -> Iterable[tuple[int, ...]]:
+    """Sets of ranks that hold the same boxes of a tensor, and are not known to hold the same bytes."""
+    same_boxes: dict[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], list[int]] = {}
+    for rank, offer in holders.items():
+        boxes = tuple((tuple(offsets), tuple(sizes)) for offsets, sizes in offer.boxes)
+        if boxes and offer.sharing != LOWEST:
+            same_boxes.setdefault(boxes, []).append(rank)
+    for ranks in same_boxes.values():
+        if len(ranks) > 1 and not _known(holders[ranks[0]], ranks, offers):
+            yield tuple(ranks)
+
+
+def _known(offer: Offer, ranks: Sequence[int], offers: Mapping[int, RankOffer]) -> bool:
+    """Whether what ``ranks`` hold of a tensor is equal by what the tensor is; ``offer`` is the first rank's."""
+    return offer.sharing == KNOWN and set(offers[ranks[0]].groups[offer.among]).issuperset(ranks)
 
 
 def _check_cover(key: str, shape: list[int], boxes: Mapping[Box, tuple[int, ...]]) -> None:

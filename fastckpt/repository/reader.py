@@ -119,7 +119,10 @@ class Snapshot:
             if self._index is None:
                 name = names.index(self.attempt)
                 data = self._metadata(name, document.DOCUMENT_BYTES_MAX + 66)
-                self._index = self._undamaged(name, lambda: decode_index(data, self._live.index, self.attempt))
+                index = self._undamaged(name, lambda: decode_index(data, self._live.index, self.attempt))
+                if (index.step, index.bytes) != (self.step, self.bytes):
+                    raise SnapshotDamaged(f"{name}: is not of the step its COMMIT names", object=name)
+                self._index = index
             return self._index
 
     @property

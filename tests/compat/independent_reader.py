@@ -38,12 +38,12 @@ TABLE_FIELDS = ["rank", "packs", "pack", "offset", "length", "codec", "hashes", 
 FOOTER_FIELDS = ["attempt", "writer", "number", "lengths", "codecs", "hashes"]
 
 # numpy has no sub-byte integers, no bits and no complex32: they come back in what holds their bytes.
-NUMPY = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
-NUMPY += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-_SMALL = ["bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
+_STANDARD = ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+_STANDARD += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+_EXTENSION = ["bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
 _BYTES = ["bits8", "bits1x8", "bits2x4", "bits4x2", "float4_e2m1fn_x2", *(f"uint{bits}" for bits in range(1, 8))]
-DTYPES = {name: np.dtype(name) for name in NUMPY} | {name: np.dtype(getattr(ml_dtypes, name)) for name in _SMALL}
-DTYPES |= {name: np.dtype("uint8") for name in _BYTES} | {f"int{bits}": np.dtype("int8") for bits in range(1, 8)}
+NUMPY = {name: np.dtype(name) for name in _STANDARD} | {name: np.dtype(getattr(ml_dtypes, name)) for name in _EXTENSION}
+DTYPES = NUMPY | {name: np.dtype("uint8") for name in _BYTES} | {f"int{bits}": np.dtype("int8") for bits in range(1, 8)}
 DTYPES |= {"bits16": np.dtype("uint16"), "complex32": np.dtype([("real", "<f2"), ("imag", "<f2")])}
 
 FOLDS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
@@ -83,8 +83,6 @@ def hashed(data):
 
 
 def numpy_array(data, dtype, shape):
-    if dtype == "bool":
-        need(not data or max(data) <= 1, "a bool that is neither 0 nor 1")
     return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
 
 
@@ -163,11 +161,11 @@ def table(data, names, what):
 class Layout:
     """What a layout says: `chunks` is a list of (rank, [(shard, first byte, bytes), ...])."""
 
-    def __init__(self, data, chunk_bytes):
+    def __init__(self, data):
         t = table(data, LAYOUT_FIELDS, "layout")
         need(all(isinstance(t[name], list) for name in LAYOUT_FIELDS[1:]), "layout: a column is no list")
-        need(same(t["chunk_bytes"], chunk_bytes), "layout: another chunk size than FORMAT")
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes = t["chunk_bytes"]
+        need(self.chunk_bytes in [2**n for n in range(12, 27)], "layout: chunk size")
         self.rank_nodes = t["rank_nodes"]
         self._check_nodes()
         self.keys, self.owners, self.dtypes, self.shapes = t["keys"], t["owners"], t["dtypes"], t["shapes"]
@@ -394,7 +392,9 @@ class _Values:
                 dtype, device = self.dtype(), self.name(DEVICE)
                 return tag, device, dtype, self.array(dtype, 64)
             case "torch_size":
-                return tag, tuple(self.token(int) for _ in range(self.count()))
+                sizes = tuple(self.token(int) for _ in range(self.count()))
+                need(all(whole(size, -(2**63)) for size in sizes), "value: torch_size beyond 64 bits")
+                return tag, sizes
             case "torch_dtype":
                 return tag, self.dtype()
             case "torch_device":
@@ -537,7 +537,7 @@ class Snapshot:
         need(isinstance(index["environment"], dict) and isinstance(index["parts"], list), "index: bad field")
         data = repository.read(f"layouts/{index['layout']}", size=index["layout_bytes"])
         need(blake3(data).hexdigest() == index["layout"], "layout: broken digest")
-        self.layout = Layout(data, repository.chunk_bytes)
+        self.layout = Layout(data)
         nodes = len(set(self.layout.rank_nodes))
         need(len(index["parts"]) == nodes, "index: not one part a node")
         self.tables, self._blobs = {}, []

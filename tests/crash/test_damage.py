@@ -438,8 +438,7 @@ def test_an_object_with_the_content_of_another_or_an_older_one_is_found_and_name
 def test_an_object_of_another_repository_is_found_and_named(raw: FrozenStore, foreign: FrozenStore) -> None:
     for name in raw.objects:
         for other in foreign.objects:
-            # FORMAT holds nothing that the rest of a repository depends on.
-            if kind_of(name) == kind_of(other) != "FORMAT" and foreign.objects[other] != raw.objects[name]:
+            if kind_of(name) == kind_of(other) and foreign.objects[other] != raw.objects[name]:
                 # A decision and the one after it disagree, and nobody can say which of them is the foreign one.
                 after = frozenset()
                 if kind_of(name) == "decisions":
@@ -461,14 +460,6 @@ def test_a_document_that_was_altered_and_sealed_again_is_found_and_named(raw: Fr
             must_be_named(raw, {name: document.seal(fields)}, f"{name} sealed again", after)
             altered += 1
     assert altered == 4
-
-
-def test_the_FORMAT_of_another_repository_changes_nothing_that_is_restored(
-    raw: FrozenStore, foreign: FrozenStore
-) -> None:
-    seen = look(raw.having({names.FORMAT: foreign.objects[names.FORMAT]}), name="nothing", steps={1, 2})
-    assert seen.restored
-    assert not seen.wrong
 
 
 def test_restoring_a_damaged_pack_fails_for_what_is_in_it_only(raw: FrozenStore) -> None:

@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastckpt
 from fastckpt import (
-    Callback,
     Checkpointer,
     CommitTimeout,
     FastckptError,
@@ -212,26 +211,6 @@ class LateNews:
                     assert self.event.wait(20)
 
             front.Saves.commit = late  # type: ignore[method-assign]
-
-
-def skips_when_busy(url: str) -> tuple[int, list[int]]:
-    news = LateNews()
-    with Checkpointer(url, options=IMPATIENT) as ckpt:
-        callback = Callback(ckpt, {"x": torch.ones(10)}, every_steps=1, busy="skip")
-        callback.on_step_end(1)
-        if rank() == 0:
-            callback._pending.wait()  # type: ignore[union-attr]
-        dist.barrier()  # rank 0 knows that step 1 is committed, rank 1 does not
-        callback.on_step_end(2)
-        news.event.set()
-        callback.on_train_end()
-        return callback.skipped, steps(ckpt)
-
-
-def test_ranks_skip_a_save_together_or_not_at_all(tmp_path: Path) -> None:
-    skipped, saved = same(ranks.run(2, skips_when_busy, str(tmp_path)))
-    assert saved in ([1], [1, 2])
-    assert skipped == 2 - len(saved)
 
 
 def learns_late_of_a_failure(url: str) -> tuple[list[str], list[int]]:

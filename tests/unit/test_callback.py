@@ -63,7 +63,7 @@ def test_resume_says_whether_a_snapshot_may_must_or_must_not_be_used(url: str) -
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"every_steps": 0}, {"resume": "always"}, {"busy": "drop"}, {"failures_max": -1}],
+    [{"every_steps": 0}, {"resume": "always"}, {"failures_max": -1}],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_wrong_argument_is_named(url: str, wrong: dict[str, Any]) -> None:
@@ -86,40 +86,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
     event.set()
 
 
-def test_a_save_that_is_due_while_one_is_under_way_can_be_skipped_and_is_counted(
-    url: str, gate: threading.Event, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Checkpointer(url) as ckpt:
-        callback = Callback(ckpt, state(), every_steps=2, busy="skip")
-        with caplog.at_level(logging.WARNING, "fastckpt"):
-            train(callback, 1, 7)
-        assert callback.skipped == 2
-        assert "step 4 is not saved: step 2 is not committed yet" in caplog.text
-        gate.set()
-        callback._pending.wait(SECONDS)  # type: ignore[union-attr]
-        train(callback, 8, 8)
-        callback.on_train_end()
-        assert [snapshot.step for snapshot in ckpt.snapshots()] == [2, 8]
-
-
-def test_a_save_that_is_due_while_one_is_under_way_waits_by_default(url: str, gate: threading.Event) -> None:
+def test_a_save_that_is_due_while_one_is_under_way_is_started_all_the_same(url: str, gate: threading.Event) -> None:
     with Checkpointer(url) as ckpt:
         callback = Callback(ckpt, state(), every_steps=1)
-        train(callback, 1, 1)
-        first = callback._pending
-        assert first is not None
-        wait, waiting = first.wait, threading.Event()
-
-        def watched(timeout: float | None = None) -> None:
-            waiting.set()
-            wait(timeout)
-
-        first.wait = watched  # type: ignore[method-assign]
-        threading.Thread(target=lambda: (waiting.wait(SECONDS), gate.set()), daemon=True).start()
-        train(callback, 2, 2)
-        assert first.status == "committed"
+        train(callback, 1, 2)
+        assert ckpt.snapshots() == []
+        gate.set()
         callback.on_train_end()
-        assert callback.skipped == 0
         assert [snapshot.step for snapshot in ckpt.snapshots()] == [1, 2]
 
 
@@ -155,7 +128,8 @@ def test_one_failure_more_than_allowed_is_raised(url: str, monkeypatch: pytest.M
     with pytest.raises(OutOfSpace, match="the disk is full"):
         train(callback, 1, 9)
     assert callback.failed == 3
-    ckpt.close()
+    with pytest.raises(OutOfSpace):  # one more was under way
+        ckpt.close()
 
 
 def test_a_success_starts_the_count_anew(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

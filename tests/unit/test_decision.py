@@ -99,10 +99,10 @@ def test_a_decision_that_breaks_one_rule_is_refused(rule: str) -> None:
         decode_decision(document.seal(BAD_DECISIONS[rule]), 3)
 
 
-def test_the_first_decision_has_none_before_it() -> None:
-    first = Open(number=1, previous="b" * 64, writer=WRITER, created="now", live=[], live_at=1)
-    with pytest.raises(FormatError, match="decisions/000000000001: no digest of the decision before"):
-        decode_decision(document.seal(first), 1)
+def test_a_later_decision_carries_a_digest_of_what_comes_before_it() -> None:
+    second = Open(number=2, previous="", writer=WRITER.replace("1", "2", 1), created="now", live=[], live_at=2)
+    with pytest.raises(FormatError, match="decisions/000000000002: "):
+        decode_decision(document.seal(second), 2)
 
 
 def test_a_kind_of_decision_that_we_do_not_know_is_refused() -> None:
