@@ -72,7 +72,9 @@ def _to_buffer(source: torch.Tensor, buffer: memoryview) -> None:
     if target.data_ptr() % source.element_size() == 0:
         target.view(source.dtype).view(source.shape).copy_(source)
     else:  # a tiny shard inside a bundle, behind one of another width
-        target.copy_(source.contiguous().cpu().view(-1).view(torch.uint8))
+        raw = source.cpu().contiguous()
+        # One element counts as contiguous whatever its strides are, and then cannot be seen as bytes.
+        target.copy_(raw.as_strided((raw.numel(),), (1,)).view(torch.uint8))
 
 
 class Staging:

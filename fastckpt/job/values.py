@@ -187,7 +187,9 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes:
     # One-byte types become bytes first of all, since torch cannot copy some (uint4 and its like) under their own name.
     # In a conjugated or negated view of the wider ones, memory does not hold the values.
     raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor.resolve_conj().resolve_neg()
-    return raw.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = raw.cpu().contiguous()
+    # A view of no or one element counts as contiguous whatever its strides are, and then cannot be seen as bytes.
+    return raw.as_strided((raw.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
 
 
 def _tensor(value: TensorValue) -> torch.Tensor:

@@ -41,7 +41,8 @@ def logical(tensor: torch.Tensor) -> bytes:
     if tensor.element_size() == 1:
         tensor = tensor.view(torch.uint8)
     tensor = tensor.resolve_conj().resolve_neg()
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+    elements = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    return bytes(elements.view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
 @st.composite
