@@ -174,6 +174,8 @@ class Checkpointer:
         except LimitExceeded as error:
             raise ValueError(str(error)) from None
         if step in self._steps:
+            self._join()  # it may be about to fail, and then may be tried again: by all ranks or by none
+        if step in self._steps:
             raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
         if self._pending is not None:
             self._pending.wait_staged()  # its buffers are what this save will use
