@@ -136,7 +136,7 @@ def main() -> None:
     limit = statistics.median(seconds["raw direct write"])
     record = {
         "bench": "compare/save",
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python {sys.argv[0]} --gib {arguments.gib} --runs {arguments.runs} --directory DIR",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "torch": torch.__version__},
         "bytes": size,
