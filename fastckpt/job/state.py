@@ -180,10 +180,11 @@ def describe_modules(name: str, root: nn.Module) -> tuple[list[Held], dict[str, 
     """The parameters and persistent buffers below a module, and the modules that have an extra state, by its key."""
     held: list[Held] = []
     extra: dict[str, nn.Module] = {}
-    for path, module, among in walk_modules(root):
+    for path, module, replicas in walk_modules(root):
         prefix = f"{name}.{path}." if path else f"{name}."
         for own, parameter in module._parameters.items():
             if parameter is not None:
+                among = replicas.of(f"{path}.{own}" if path else own)
                 sharing = KNOWN if among else COMPARED
                 held.append(hold(prefix + own, parameter, sharing=sharing, among=among))
         for own, buffer in module._buffers.items():
@@ -291,16 +292,32 @@ class _Walk:
         self.values[name] = tree
 
 
-def walk_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
-    """Every module below ``root`` with its path, wrappers left out, and the ranks DDP keeps its parameters equal on.
+@dataclass(frozen=True)
+class Replicas:
+    """The ranks DDP keeps parameters equal on, except those it was told to ignore."""
+
+    ranks: tuple[int, ...] = ()
+    root: str = ""
+    """Path of the module that DDP wraps."""
+    ignored: frozenset[str] = frozenset()
+
+    def of(self, path: str) -> tuple[int, ...]:
+        """The ranks that are known to hold the parameter at ``path`` equal; none if nothing is known."""
+        own = path.removeprefix(f"{self.root}.") if self.root else path
+        return () if own in self.ignored else self.ranks
+
+
+def walk_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, Replicas]]:
+    """Every module below ``root`` with its path, wrappers left out, and what DDP keeps equal there.
 
     A module reached by two paths comes twice: its tensors then are tied.
     """
 
-    def visit(path: str, module: nn.Module, among: tuple[int, ...]) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
+    def visit(path: str, module: nn.Module, replicas: Replicas) -> Iterator[tuple[str, nn.Module, Replicas]]:
         while (inner := _unwrapped(module)) is not None:
             if isinstance(module, DistributedDataParallel):
-                among = tuple(torch.distributed.get_process_group_ranks(module.process_group))
+                ranks = tuple(torch.distributed.get_process_group_ranks(module.process_group))
+                replicas = Replicas(ranks, path, frozenset(module.parameters_to_ignore))
             module = inner
         if isinstance(module, FullyShardedDataParallel):
             raise TypeError(
@@ -309,12 +326,12 @@ def walk_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, .
             )
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward without backward the parameters still are the gathered ones
-        yield path, module, among
+        yield path, module, replicas
         for name, child in module._modules.items():
             if child is not None:
-                yield from visit(f"{path}.{name}" if path else name, child, among)
+                yield from visit(f"{path}.{name}" if path else name, child, replicas)
 
-    return visit("", root, ())
+    return visit("", root, Replicas())
 
 
 def _unwrapped(module: nn.Module) -> nn.Module | None:
@@ -340,10 +357,11 @@ class ParameterNames:
         self._found: dict[int, tuple[str, str, tuple[int, ...]]] = {}
         for name, root in state.items():
             if isinstance(root, nn.Module):
-                for path, module, among in walk_modules(root):
+                for path, module, replicas in walk_modules(root):
                     for own, parameter in module._parameters.items():
                         if parameter is not None:
-                            found = (name, f"{path}.{own}" if path else own, among)
+                            full = f"{path}.{own}" if path else own
+                            found = (name, full, replicas.of(full))
                             self._found.setdefault(id(parameter), found)
 
     def of(self, optimizer: torch.optim.Optimizer) -> dict[int, str]:

@@ -53,6 +53,24 @@ def test_batch_norm_statistics_that_differ_are_those_of_the_lowest_rank_everywhe
     assert same(ranks.run(world, restore_batch_norm, str(tmp_path))) == saved[0]
 
 
+def save_what_ddp_ignores(url: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[1].weight.fill_(rank())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["1.weight", "1.bias"])
+    state = {"outer": nn.ModuleList([DistributedDataParallel(model)])}
+    with (
+        Checkpointer(url, options=SMALL) as ckpt,
+        pytest.raises(ValueError, match=r"^outer\.0\.1\.weight: differs .*rank 1"),
+    ):
+        ckpt.save(1, state).wait()
+
+
+def test_parameters_that_ddp_was_told_to_ignore_are_not_taken_to_be_equal(tmp_path: Path) -> None:
+    ranks.run(2, save_what_ddp_ignores, str(tmp_path))
+
+
 def save_experts(url: str) -> torch.Tensor:
     torch.manual_seed(rank())
     expert = nn.Linear(3, 2)
