@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -67,7 +68,8 @@ class Callback:
         if step % self._every_steps:
             return False
         try:
-            pending = self._checkpointer.save(step, self._state, metrics=metrics)
+            finite = {name: number for name, number in (metrics or {}).items() if math.isfinite(number)}
+            pending = self._checkpointer.save(step, self._state, metrics=finite)
         except FastckptError as error:
             started = self._checkpointer.pending
             if started is None or started.step != step:

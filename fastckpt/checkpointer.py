@@ -6,12 +6,13 @@ import atexit
 import logging
 import math
 import operator
+import os
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from fastckpt import restore as restore_flow
 from fastckpt.buffers import Pool
@@ -27,9 +28,9 @@ from fastckpt.errors import (
 )
 from fastckpt.format.decision import check_labels
 from fastckpt.job.environment import environment
-from fastckpt.job.group import job_group
+from fastckpt.job.group import job_group, next_group_number
 from fastckpt.job.staging import Fence, Staging, staging_bytes
-from fastckpt.job.state import broken_step_hook_reason, describe
+from fastckpt.job.state import broken_step_hook_reason, describe, holds_something
 from fastckpt.job.targets import RestoredValue, Targets, find_targets
 from fastckpt.options import Options
 from fastckpt.plan.restore_plan import Catalog, Selection
@@ -123,17 +124,18 @@ class Checkpointer:
     leaving it waits for the last commit.
     """
 
-    def __init__(self, url: str, *, options: Options | None = None, create: bool = True) -> None:
+    def __init__(self, url: str | os.PathLike[str], *, options: Options | None = None, create: bool = True) -> None:
         """``url``: a path, ``file:///...`` or ``memory://name``. The repository is made by the first save.
 
         ``RepositoryNotFound`` if there is something else at ``url``, or nothing and ``create`` is False;
         ``RuntimeError`` if this is one of several ranks but ``torch.distributed`` has no process group.
         """
         self._options = options or Options()
+        number = next_group_number()  # before anything can fail on one rank only
         self._store = open_store(url)
         if not repository.exists(self._store) and not create:
             repository.Repository(self._store)  # raises, saying what is there
-        self._group = job_group(self._options.commit_seconds_max)
+        self._group = job_group(self._options.commit_seconds_max, number)
         self._saves = Saves(self._store, self._group, self._options)
         self._restores = restore_flow.Restores(self._store, self._group, self._options.commit_seconds_max)
         self._pending: Pending | None = None
@@ -142,9 +144,10 @@ class Checkpointer:
         self._failed: list[Pending] = []
         self._pool: Pool | None = None
         self._steps: set[int] = set()
-        self._cleaned = False
+        self._cleaner: threading.Thread | None = None
         self._broken: BaseException | None = None
         self._closed = False
+        self._process = os.getpid()
         self._fence = Fence(self._hold_step) if self._options.fence == "hook" else None
         # Daemon threads die with the interpreter; a save that was started is given a minute to get through.
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -164,24 +167,30 @@ class Checkpointer:
         meets the other ranks before it returns. What an earlier save failed with is raised here too, once this one has
         been started: it goes on, as ``self.pending``.
         """
-        self._check_usable()
-        if isinstance(step, bool) or not hasattr(step, "__index__"):
-            raise TypeError(f"step is a number of training steps, not {step!r}")
-        step = operator.index(step)
-        labels = Labels(metrics={name: float(number) for name, number in (metrics or {}).items()}, note=note)
-        try:
-            check_labels(step, dict(labels.metrics), labels.note)
-        except LimitExceeded as error:
-            raise ValueError(str(error)) from None
-        if step in self._steps:
-            self._join()  # it may be about to fail, and then may be tried again: by all ranks or by none
-        if step in self._steps:
-            raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
-        if self._pending is not None:
-            self._pending.wait_staged()  # its buffers are what this save will use
+        self._check_open()
+        self._hold_step()  # what the save before is still reading must not be waited for without limit here either
+        self._release()
         pending = Pending(step)
+        labels = Labels()
         offered: Staging | BaseException
+        # Whatever is wrong on this rank alone is told to all: a rank that stayed away would be waited for.
         try:
+            self._check_whole()
+            step = pending.step = _checked_step(step)
+            if not isinstance(state, Mapping):
+                raise TypeError(
+                    f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}"
+                )
+            labels.metrics = {name: float(number) for name, number in (metrics or {}).items()}
+            labels.note = note
+            try:
+                check_labels(step, dict(labels.metrics), labels.note)
+            except LimitExceeded as error:
+                raise ValueError(str(error)) from None
+            if step in self._steps:
+                self._join()  # it may be about to fail, and then may be tried again
+            if step in self._steps:
+                raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
             description = describe(state)
             offered = Staging(description, self._options.copy, self._group.size)
             copy = self._options.fence == "copy" or broken_step_hook_reason(description.optimizers) is not None
@@ -232,6 +241,7 @@ class Checkpointer:
             except Exception as error:
                 written = error
             pending._staged.set()
+            staging.release()
             live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
             pending._snapshot = Snapshot(self._store, live)
             pending._trace.add_since("committed", pending._started)
@@ -242,7 +252,9 @@ class Checkpointer:
             return
         pending._finish(None)
         self._log_commit(pending)
-        self._clean()
+        if self._cleaner is None:
+            self._cleaner = threading.Thread(target=self._clean, name="fastckpt-clean", daemon=True)
+            self._cleaner.start()
 
     def _staging_pool(self, attempt: Attempt) -> Pool:
         """The pool, made or enlarged to fit; its memory is kept from one save to the next."""
@@ -268,9 +280,6 @@ class Checkpointer:
 
     def _clean(self) -> None:
         """Once a job: removes what dead attempts of earlier jobs left behind."""
-        if self._cleaned:
-            return
-        self._cleaned = True
         try:
             self._saves.clean()
         except FastckptError as error:  # harmless, and the next job tries again
@@ -279,8 +288,8 @@ class Checkpointer:
     def _hold_step(self) -> None:
         """The fence: waits until what is being saved has been read, or gives the attempt up."""
         pending = self._pending
-        if pending is None or pending._staged.is_set():
-            return
+        if pending is None or pending._staged.is_set() or os.getpid() != self._process:
+            return  # a forked child has the tensors but not the threads that read them
         start = time.monotonic()
         if not pending._staged.wait(self._options.fence_seconds_max):
             self._give_up(pending)
@@ -294,10 +303,11 @@ class Checkpointer:
             pending.step,
             self._options.fence_seconds_max,
         )
-        if self._staging is not None:
-            self._staging.give_up()
-        if self._pool is not None:
-            self._pool.cancel()  # staging may be waiting for a buffer
+        staging, pool = self._staging, self._pool
+        if staging is not None:
+            staging.give_up()
+        if pool is not None:
+            pool.cancel()  # staging may be waiting for a buffer
         pending._staged.set()
 
     @property
@@ -333,18 +343,19 @@ class Checkpointer:
         shard, object and offset: then part of the state holds new values, and saving is refused until a restore
         succeeds.
         """
-        if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
-            raise ValueError(f"missing={missing!r} or policy={policy!r} is not one of the values it may have")
-        if isinstance(only, str):
-            raise TypeError(f"only={only!r} is a list of globs, not a string")
-        self._check_usable(restoring=True)
+        self._check_open()
         self._join()
-        selection = Selection(only, rename)
-        names = [name for name in state if missing == "raise" and selection.may_have(name)] if not rename else []
+        problem: Exception | None = None
+        try:
+            names, selection = self._asked(state, step, only, rename, missing, policy)
+        except (TypeError, ValueError) as error:
+            problem, names, selection = error, [], Selection()
         before: int | None = None
         damage: SnapshotDamaged | None = None
         while True:
-            snapshot = self._restores.choose(step, names, before=before, or_earlier=policy == "previous")
+            snapshot = self._restores.choose(
+                step, names, before=before, or_earlier=policy == "previous", problem=problem
+            )
             if snapshot is None:
                 if damage is not None:
                     raise damage  # there is none before it: starting afresh is not for us to decide
@@ -365,6 +376,33 @@ class Checkpointer:
             self._steps = {saved for saved in self._steps if saved <= snapshot.step}
             return snapshot.step
 
+    @staticmethod
+    def _asked(
+        state: object, step: object, only: Sequence[str], rename: Mapping[str, str] | None, missing: str, policy: str
+    ) -> tuple[list[str], Selection]:
+        """What a restore asks for: names that the snapshot must have something under, and the selection."""
+        if not isinstance(state, dict):
+            raise TypeError(f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}")
+        if step is not None:
+            _checked_step(step)
+        if rename is not None and not isinstance(rename, Mapping):
+            raise TypeError(f"rename={rename!r} is not a mapping of prefixes to prefixes")
+        if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
+            raise ValueError(f"missing={missing!r} or policy={policy!r} is not one of the values it may have")
+        if missing == "keep" and policy == "previous":
+            raise ValueError(
+                "missing='keep' with policy='previous' could keep what was restored from a snapshot that proved to be "
+                "damaged; restore with policy='strict', and pass the step to go back to"
+            )
+        if isinstance(only, str):
+            raise TypeError(f"only={only!r} is a list of globs, not a string")
+        selection = Selection(only, rename)
+        if missing == "keep" or rename:
+            return [], selection
+        return [
+            name for name, item in state.items() if selection.may_have(name) and holds_something(name, item)
+        ], selection
+
     def _restore_from(
         self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
     ) -> None:
@@ -380,8 +418,8 @@ class Checkpointer:
     ) -> Targets:
         rank, size = self._group.rank, self._group.size
         values = {
-            name: RestoredValue(blob, exact, snapshot.world_size)
-            for name, (blob, exact) in restore_flow.values_of(snapshot, rank, size, selection).items()
+            name: RestoredValue(blob, exact, snapshot.world_size, saved)
+            for name, (blob, exact, saved) in restore_flow.values_of(snapshot, rank, size, selection).items()
         }
         catalog = Catalog(snapshot.layout, rank, size, selection)
         targets = find_targets(state, catalog, values, selection, keep_missing=keep_missing, cast=cast, rank=rank)
@@ -408,12 +446,15 @@ class Checkpointer:
     def close(self, timeout: float | None = None) -> None:
         """Waits for the last commit and raises what it failed with. May be called again. ``TimeoutError`` after
         ``timeout`` seconds; the save then goes on behind."""
-        if self._fence is not None:
-            self._fence.close()
         self._closed = True
         if self._pending is not None and not self._pending._finished.wait(timeout):
             raise TimeoutError(f"step {self._pending.step} was not committed within {timeout} s")
         self._join()
+        if self._fence is not None:  # not before: what is being staged needs it to the end
+            self._fence.close()
+        if self._cleaner is not None:
+            self._cleaner.join(timeout)
+        self._release()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -433,10 +474,17 @@ class Checkpointer:
         except Exception as second:  # the first error is what the user must see; this one comes with it
             error.add_note(f"fastckpt: the last save did not get through either: {type(second).__name__}: {second}")
 
-    def _check_usable(self, restoring: bool = False) -> None:
+    def _release(self) -> None:
+        """Lets go of the copies of what was saved, once nothing is read any more."""
+        if self._pending is None or self._pending._staged.is_set():
+            self._staging = None
+
+    def _check_open(self) -> None:
         if self._closed:
             raise SaveError(f"{self.url}: this Checkpointer is closed")
-        if self._broken is not None and not restoring:
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
             raise SaveError(
                 f"{self.url}: not saving: {self._broken}. Restore successfully first, or make a new Checkpointer"
             ) from self._broken
@@ -454,8 +502,20 @@ class Checkpointer:
             self._thread.join()
 
 
+def _checked_step(step: object) -> int:
+    if isinstance(step, bool) or not isinstance(step, SupportsIndex):
+        raise TypeError(f"step is a number of training steps, not {step!r}")
+    return operator.index(step)
+
+
 def _close_at_exit(reference: weakref.ref[Checkpointer]) -> None:
     checkpointer = reference()
-    if checkpointer is not None and checkpointer._pending is not None and not checkpointer._pending.done:
+    if checkpointer is None or checkpointer._process != os.getpid():
+        return
+    pending = checkpointer._pending
+    if pending is not None and not pending.done:
         log.warning("%s: waiting for the last save; close the Checkpointer to see how it ends", checkpointer.url)
-        checkpointer._pending._finished.wait(CLOSE_SECONDS_AFTER_ERROR)
+        pending._finished.wait(CLOSE_SECONDS_AFTER_ERROR)
+    for failed in checkpointer._failed:
+        if not failed._raised:
+            log.error("%s: step %d was not saved: %s", checkpointer.url, failed.step, failed.error)

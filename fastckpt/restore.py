@@ -38,20 +38,32 @@ class Restores:
         self._count = 0
 
     def choose(
-        self, step: int | None, names: Sequence[str], *, before: int | None = None, or_earlier: bool = False
+        self,
+        step: int | None,
+        names: Sequence[str],
+        *,
+        before: int | None = None,
+        or_earlier: bool = False,
+        problem: Exception | None = None,
     ) -> Snapshot | None:
         """The snapshot all ranks restore, or None if there is none. ``names``: the top-level names asked for; the rest
-        as in ``Repository.choose``."""
+        as in ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise."""
 
-        def decide(_: Mapping[int, bytes]) -> bytes:
+        def decide(replies: Mapping[int, bytes]) -> bytes:
+            if len(set(replies.values())) > 1:
+                asked = {rank: msgspec.msgpack.decode(reply) for rank, reply in sorted(replies.items())}
+                raise ValueError(f"ranks ask for different steps: {asked}")
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
             found = repository.Repository(self._store).choose(
-                step, lambda snapshot: _has(snapshot, names), before=before, or_earlier=or_earlier
+                step, lambda snapshot: _lacks(snapshot, names), before=before, or_earlier=or_earlier
             )
             return msgspec.msgpack.encode(None if found is None else found.live)
 
-        answer = self._ask("choose", b"", decide)
+        try:
+            answer = self._ask("choose", problem or msgspec.msgpack.encode(step), decide)
+        except RankFailed as error:
+            raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)
         return None if live is None else Snapshot(self._store, live)
 
@@ -66,9 +78,12 @@ class Restores:
         try:
             self._ask(name, b"" if failure is None else failure, lambda _: b"")
         except (RankFailed, CommitTimeout) as error:
-            if failure is not None:
+            # Ranks must draw the same conclusion: that the snapshot is damaged, only if that is all that happened.
+            failures = error.failures.values() if isinstance(error, RankFailed) else ()
+            damaged = bool(failures) and all(isinstance(each, SnapshotDamaged) for each in failures)
+            if failure is not None and (damaged or not isinstance(failure, SnapshotDamaged)):
                 raise failure from None
-            raise _as_restore_error(error) from error
+            raise (_as_restore_error(error) if damaged or failure is None else RestoreError(str(error))) from error
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
@@ -80,8 +95,10 @@ class Restores:
         )
 
 
-def values_of(snapshot: Snapshot, rank: int, world_size: int, selection: Selection) -> dict[str, tuple[bytes, bool]]:
-    """The plain values that a rank may restore: encoded, and whether they are exact.
+def values_of(
+    snapshot: Snapshot, rank: int, world_size: int, selection: Selection
+) -> dict[str, tuple[bytes, bool, str]]:
+    """The plain values that a rank may restore: encoded, whether they are exact, and the name they were saved under.
 
     In a world of the same size each rank gets its own. In another, a value that all ranks had equal; of others, rank
     0's, marked as not exact.
@@ -89,20 +106,22 @@ def values_of(snapshot: Snapshot, rank: int, world_size: int, selection: Selecti
     same_world = snapshot.world_size == world_size
     source = rank if same_world else 0
     digests = [snapshot.value_digests(number) for number in ([rank] if same_world else range(snapshot.world_size))]
-    found: dict[str, tuple[bytes, bool]] = {}
+    found: dict[str, tuple[bytes, bool, str]] = {}
     for name in {name: None for own in digests for name in own}:
         renamed = selection.renamed(name)
         if selection.has(renamed) and name in snapshot.value_digests(source):
+            if renamed in found:
+                raise ValueError(f"rename makes {renamed} of two names of the snapshot")
             exact = same_world or len({own.get(name) for own in digests}) == 1
-            found[renamed] = (snapshot.value_blob(name, source), exact)
+            found[renamed] = (snapshot.value_blob(name, source), exact, name)
     return found
 
 
-def _has(snapshot: Snapshot, names: Sequence[str]) -> bool:
-    """Whether a snapshot has something under each of these names."""
+def _lacks(snapshot: Snapshot, names: Sequence[str]) -> list[str]:
+    """Those of these top-level names that a snapshot has nothing under."""
     tops = {key.split(".", 1)[0] for key in snapshot.layout.keys}
     tops |= {name.split(".", 1)[0] for name in snapshot.value_digests(0)}
-    return all(name.split(".", 1)[0] in tops for name in names)
+    return [name for name in names if name.split(".", 1)[0] not in tops]
 
 
 def _as_restore_error(error: RankFailed | CommitTimeout) -> RestoreError:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from fastckpt.buffers import Pool, Slot, Source
-from fastckpt.errors import AnotherWriter, FastckptError, RankFailed, SaveError
+from fastckpt.errors import AnotherWriter, FastckptError, RankFailed, RepositoryNotFound, SaveError
 from fastckpt.format import document
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Live
@@ -101,6 +101,8 @@ class Attempt:
     agreed: Agreed
     common: frozenset[bytes]
     """Digests of the values the coordinator holds: equal ones are stored once, by its node."""
+    format_digest: str
+    """Of the FORMAT object as the coordinator sees it."""
 
 
 @dataclass(kw_only=True)
@@ -117,6 +119,8 @@ class _Hello(msgspec.Struct, array_like=True, frozen=True):
     offered: bytes
     compared: dict[int, bytes]
     """For each comparison this rank takes part in, a digest over its keys."""
+    layout: str
+    """Digest of the layout this rank would go on with; it may have missed the answer that brought a newer one."""
 
 
 class _Full(msgspec.Struct, array_like=True, frozen=True):
@@ -128,10 +132,12 @@ class _Go(msgspec.Struct, array_like=True, frozen=True):
     attempt: str
     agreement: Agreement | None
     common: list[bytes]
+    format_digest: str
 
 
 class _Written(msgspec.Struct, array_like=True, frozen=True):
     attempt: str
+    layout: str
     table: RankTable
     blobs: list[bytes]
     tensor_bytes: int
@@ -173,6 +179,7 @@ class Saves:
         ``ValueError`` if ranks hold different things under one key or save different steps.
         """
         self._count += 1
+        self._writer = None
         common = [] if isinstance(offered, BaseException) else sorted(map(chunk_hash, offered.values.values()))
         answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
@@ -183,7 +190,9 @@ class Saves:
             self._agreed = _agreed(go.agreement, self._rank)
             self._offered = offered.digest
         assert self._agreed is not None
-        return Attempt(id=go.attempt, step=step, agreed=self._agreed, common=frozenset(go.common))
+        return Attempt(
+            id=go.attempt, step=step, agreed=self._agreed, common=frozenset(go.common), format_digest=go.format_digest
+        )
 
     def _ask(
         self,
@@ -212,7 +221,8 @@ class Saves:
             raise
 
     def _hello(self, step: int) -> Callable[[Offered], bytes]:
-        return lambda offered: msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered)))
+        layout = self._agreed.digest if self._agreed is not None else ""
+        return lambda offered: msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered), layout))
 
     def _compared(self, offered: Offered) -> dict[int, bytes]:
         if not self.expects(offered) or self._agreed is None:
@@ -231,12 +241,13 @@ class Saves:
         if len(steps) > 1:
             by_rank = ", ".join(f"rank {rank}: {hello.step}" for rank, hello in sorted(hellos.items())[:8])
             raise ValueError(f"ranks save different steps at the same time: {by_rank}")
-        unchanged = self._agreed is not None and self._offers == {rank: h.offered for rank, h in hellos.items()}
+        unchanged = self._agreed is not None and {h.layout for h in hellos.values()} == {self._agreed.digest}
+        unchanged = unchanged and self._offers == {rank: hello.offered for rank, hello in hellos.items()}
         for number in range(len(self._agreed.comparisons) if self._agreed else 0):
             unchanged = unchanged and len({h.compared[number] for h in hellos.values() if number in h.compared}) <= 1
         if not unchanged or self._committer is None:
             return b""
-        return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), None, common))
+        return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), None, common, self._committer.format_digest))
 
     def _on_offers(self, replies: dict[int, bytes], common: list[bytes]) -> bytes:
         """Coordinator: plans, and opens the repository for writing if this is the first save."""
@@ -257,7 +268,9 @@ class Saves:
                 layout, comparisons = plan_save(offers, digests, self._nodes, self._chunk_bytes)
         self._offers = {rank: offer_digest(offer) for rank, offer in offers.items()}
         agreement = Agreement(document.pack_table(layout), comparisons)
-        return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), agreement, common))
+        return msgspec.msgpack.encode(
+            _Go(self._committer.next_attempt(), agreement, common, self._committer.format_digest)
+        )
 
     def clean(self) -> None:
         """Coordinator: removes what dead attempts of earlier jobs left behind. Elsewhere, nothing."""
@@ -272,6 +285,7 @@ class Saves:
         """Stages and writes this rank's chunks; its packs are durable on return. ``on_staged`` is called once, when no
         live tensor is going to be read any more, be it for a failure. Raises what failed, with nothing left staged or
         open."""
+        self._check_same_repository(attempt)
         agreed = attempt.agreed
         layout = agreed.layout
         writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
@@ -315,6 +329,18 @@ class Saves:
             raise failures[0]
         return writer
 
+    def _check_same_repository(self, attempt: Attempt) -> None:
+        """Every rank must write to the place that the coordinator commits in: a path may mean another one here."""
+        try:
+            seen = repository.Repository(self._store).format_digest
+        except RepositoryNotFound:
+            seen = ""
+        if seen != attempt.format_digest:
+            raise SaveError(
+                f"{self._store.url}: rank {self._rank} does not see the repository that rank 0 made there; every rank "
+                "needs the same directory, on storage that all nodes share"
+            )
+
     def commit(
         self,
         attempt: Attempt,
@@ -325,10 +351,13 @@ class Saves:
     ) -> Live:
         """Commits the attempt if every rank has written its share; every rank returns the same or raises."""
         reply: Reply
-        if isinstance(written, BaseException):
-            reply = written
-        else:
-            reply = msgspec.msgpack.encode(self._written(attempt, written, values))
+        try:
+            if isinstance(written, BaseException):
+                reply = written
+            else:
+                reply = msgspec.msgpack.encode(self._written(attempt, written, values))
+        except Exception as error:
+            reply = written = error
         try:
             with trace.span("commit"):
                 answer = self._assembly.ask_in_two(
@@ -357,13 +386,22 @@ class Saves:
         if self._rank != 0:
             blobs = {digest: blob for digest, blob in blobs.items() if digest not in attempt.common}
         mine_bytes = attempt.agreed.mine_bytes
-        return _Written(attempt.id, written.table(digests), list(blobs.values()), mine_bytes, written.stored_bytes)
+        return _Written(
+            attempt.id,
+            attempt.agreed.digest,
+            written.table(digests),
+            list(blobs.values()),
+            mine_bytes,
+            written.stored_bytes,
+        )
 
     def _on_written(self, attempt: Attempt, replies: dict[int, Reply]) -> bytes:
         """Node leader: one part and one line for all ranks of the node."""
         ranks = [msgspec.msgpack.decode(data, type=_Written) for _, data in sorted(checked(replies).items())]
-        if any(written.attempt != attempt.id for written in ranks):
-            raise SaveError(f"step {attempt.step}: ranks of this node wrote different attempts")
+        if any((written.attempt, written.layout) != (attempt.id, attempt.agreed.digest) for written in ranks):
+            raise SaveError(
+                f"step {attempt.step}: ranks of this node wrote different attempts, or by different layouts"
+            )
         blobs = {chunk_hash(blob): blob for written in ranks for blob in written.blobs}
         part = write_part(
             self._store,
@@ -417,7 +455,7 @@ class Saves:
                 f"{self._store.url}: a later job has opened this repository and removed what this one was writing; "
                 f"attempt {attempt.id} can never be committed. Stop one of the two jobs"
             ) from error
-        if result.aborted and self._writer is not None:
+        if result.aborted and self._writer is not None and self._writer.attempt == attempt.id:
             self._writer.delete()
         return result.committed
 

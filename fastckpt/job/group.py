@@ -26,8 +26,13 @@ _ANSWER_SECONDS = 2.0
 """A call to the key-value store that takes this much longer than it was told to is given up."""
 
 
-def job_group(seconds_max: float) -> Group:
-    """The group of this process's job. All ranks create their Checkpointers in the same order.
+def next_group_number() -> int:
+    """Counts the groups of this process; ranks that make theirs in the same order have the same numbers."""
+    return next(_numbers)
+
+
+def job_group(seconds_max: float, number: int) -> Group:
+    """The group of this process's job, one of those with this number on all ranks.
 
     ``RuntimeError`` if the launcher says there are several ranks but no process group has been made.
     """
@@ -43,7 +48,7 @@ def job_group(seconds_max: float) -> Group:
         return SoloGroup()
     kv = StoreKeyValue(dist.distributed_c10d._get_default_store())
     rank, size = dist.get_rank(), dist.get_world_size()
-    incarnation = agree_on_incarnation(kv, rank, size, f"fastckpt/{next(_numbers)}", seconds_max)
+    incarnation = agree_on_incarnation(kv, rank, size, f"fastckpt/{number}", seconds_max)
     return KeyValueGroup(kv, rank, size, f"fastckpt/{incarnation}", _node(), seconds_max)
 
 
@@ -96,6 +101,9 @@ class StoreKeyValue:
         try:
             result = client.call(call, seconds)
         except Exception as error:
+            if not isinstance(error, TimeoutError):
+                with self._lock:
+                    self._idle.append(client)
             raise CommitTimeout(
                 f"the job's key-value store failed ({type(error).__name__}: {error}); the process that serves it, "
                 "rank 0 or the launcher, may be gone"

@@ -7,11 +7,12 @@ is checked by sampling: pieces of what was read are compared with the live tenso
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import fnmatch
+import itertools
 import os
 import random
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,9 +36,14 @@ SAMPLE_BYTES = 256
 COMPARED_WHOLE_BYTES = 4096
 """Tensors up to this size are compared between ranks whole, larger ones in ``COMPARED_PIECES`` places."""
 COMPARED_PIECES = 16
+PIECE_BYTES = 8 * 1024 * 1024
 
 # Copies go through integers of the same width: exact for every bit pattern, and defined for every dtype.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+_Sample = tuple[str, "TensorSource", int, bytes]
+"""Key, source, byte offset, and the bytes that were there."""
 
 
 class TensorSource:
@@ -88,14 +94,16 @@ class Staging:
         self._held = description.held
         self.mesh = description.mesh
         self._world_size = world_size
-        self._lock = threading.Lock()
         self._given_up = False
         self._events: dict[torch.device, torch.Event] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
         self._copied: set[str] = set()
         self._live: dict[tuple[str, Box], torch.Tensor] = {}
         for key, held in self._held.items():
-            copied = held.volatile or any(fnmatch.fnmatchcase(key, glob) for glob in copy)
+            names = [key, *(alias for alias, target in description.aliases.items() if target == key)]
+            copied = held.volatile or any(fnmatch.fnmatchcase(name, glob) for name in names for glob in copy)
+            # A lazily conjugated view is made real by reading it, so it must be read now.
+            copied = copied or any(view.is_conj() or view.is_neg() for _, view in held.pieces)
             if copied:
                 self._copied.add(key)
             for box, view in held.pieces:
@@ -105,6 +113,7 @@ class Staging:
         self.digest = chunk_hash(msgspec.msgpack.encode(self.offer))
         self.values: Mapping[str, bytes] = {name: _encode(name, tree) for name, tree in description.values.items()}
         self._samples = _Samples()
+        self._early = self._early_samples()
 
     def source(self, key: str, box: Box) -> TensorSource:
         """The bytes of a box this rank offered; what is read of live tensors is sampled for ``check_unchanged``."""
@@ -112,29 +121,33 @@ class Staging:
         return source if key in self._copied else _SampledSource(key, source, self._samples)
 
     def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
-        """For each of ``keys`` held here (None: all that are not known to be equal), a digest of sampled content."""
+        """For each of ``keys`` held here, a digest of sampled content; for None, a digest of the whole content of
+        every tensor that is not known to be equal wherever it is held."""
         if keys is None:
             keys = [key for key, held in self._held.items() if not self._equal_everywhere(held)]
-        return {key: self._digest(self._held[key]) for key in keys if key in self._held}
+            return {key: self._digest(self._held[key], whole=True) for key in keys}
+        return {key: self._digest(self._held[key], whole=False) for key in keys if key in self._held}
 
     def _equal_everywhere(self, held: Held) -> bool:
         """Whether nothing has to be compared: a tensor on a part of the mesh may have holders beyond that part."""
         return held.sharing == LOWEST or (held.sharing == KNOWN and len(held.among) == self._world_size)
 
-    def _digest(self, held: Held) -> bytes:
+    def _digest(self, held: Held, whole: bool) -> bytes:
         content: list[bytes] = [held.dtype.encode(), str(held.shape).encode()]
         for box, _ in held.pieces:
             source = TensorSource(self._live[held.key, box], self)
             content.append(str(box).encode())
-            for offset, size in _compared_pieces(source.bytes, self._live[held.key, box].element_size()):
+            item = self._live[held.key, box].element_size()
+            pieces = _all_pieces(source.bytes) if whole else _compared_pieces(source.bytes, item)
+            for offset, size in pieces:
                 piece = bytearray(size)
                 source.fill(offset, memoryview(piece))
-                content.append(bytes(piece))
+                content.append(chunk_hash(piece) if whole else bytes(piece))
         return chunk_hash(b"\0".join(content))
 
     def check_unchanged(self) -> None:
         """``SaveError`` naming the tensor if one that was staged from live memory has changed since it was read."""
-        for key, source, offset, seen in self._samples:
+        for key, source, offset, seen in (*self._early, *self._samples):
             now = bytearray(len(seen))
             source.fill(offset, memoryview(now))
             if bytes(now) != seen:
@@ -146,16 +159,42 @@ class Staging:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Held while a tensor is read. ``AttemptAborted`` after ``give_up``."""
-        with self._lock:
-            if self._given_up:
-                raise AttemptAborted("the attempt was given up: the fence had to let training go on")
-            yield
+        """Around every reading of a tensor. ``AttemptAborted`` if the attempt was given up before or meanwhile."""
+        self._check_not_given_up()
+        yield
+        self._check_not_given_up()
+
+    def _check_not_given_up(self) -> None:
+        if self._given_up:
+            raise AttemptAborted("the attempt was given up: the fence had to let training go on")
 
     def give_up(self) -> None:
-        """From the return of this on, nothing is read any more. Any thread."""
-        with self._lock:
-            self._given_up = True
+        """From now on no tensor is read any more; a reading under way fails when it is over. Any thread, no waiting."""
+        self._given_up = True
+
+    def release(self) -> None:
+        """Lets go of the tensors, once all that is to be read has been."""
+        self._live.clear()
+        self._samples = _Samples()
+        self._early = []
+
+    def _early_samples(self) -> list[_Sample]:
+        """Pieces of live tensors as they are now, spread over their bytes: what changes before staging comes to it is
+        found by these. Not on accelerators, where reading now would wait for all that is queued."""
+        live = [
+            (key, box, TensorSource(view, self))
+            for (key, box), view in self._live.items()
+            if key not in self._copied and view.device.type == "cpu"
+        ]
+        ends = list(itertools.accumulate(source.bytes for _, _, source in live))
+        chosen: list[_Sample] = []
+        for _ in range(SAMPLES if live else 0):
+            key, _, source = live[bisect.bisect_right(ends, random.randrange(ends[-1]))]  # noqa: S311 - spread, not secrecy
+            offset = random.randrange(max(1, (source.bytes - SAMPLE_BYTES) // 16 + 1)) * 16  # noqa: S311
+            seen = bytearray(min(SAMPLE_BYTES, source.bytes - offset))
+            source.fill(offset, memoryview(seen))
+            chosen.append((key, source, offset, bytes(seen)))
+        return chosen
 
     def devices(self) -> set[torch.device]:
         return {view.device for view in self._live.values()}
@@ -202,6 +241,10 @@ def _encode(name: str, tree: object) -> bytes:
             "torch tensors, which are stored beside it"
         )
     return blob
+
+
+def _all_pieces(size: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(PIECE_BYTES, size - at)) for at in range(0, size, PIECE_BYTES))
 
 
 def _compared_pieces(size: int, item: int) -> Iterator[tuple[int, int]]:

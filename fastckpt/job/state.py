@@ -5,10 +5,12 @@ Describing only looks. It takes no optimizer step, runs no collective and copies
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastckpt.errors import FormatError
 from fastckpt.format.dtype import ITEM_BYTES
 from fastckpt.format.shard import Box, check_inside
 from fastckpt.job import dtensor
@@ -54,8 +57,9 @@ class Shard:
     def __post_init__(self) -> None:
         box = Box(tuple(self.offsets), tuple(self.tensor.shape))
         try:
-            check_inside(box, self.shape, "Shard")
-        except Exception as error:
+            if box.elements:  # an empty shard is nowhere
+                check_inside(box, self.shape, "Shard")
+        except FormatError as error:
             raise ValueError(str(error)) from None
 
 
@@ -134,8 +138,9 @@ def describe(state: Mapping[str, Any]) -> Description:
             raise TypeError(f"names in the state are non-empty strings, not {name!r}")
         walk.item(name, item)
     aliases = _find_aliases(walk.held)
-    for alias in aliases:
-        del walk.held[alias]
+    for alias, target in aliases.items():
+        if walk.held.pop(alias).volatile and not walk.held[target].volatile:
+            walk.held[target] = dataclasses.replace(walk.held[target], volatile=True)
     return Description(walk.held, aliases, walk.values, walk.optimizers, walk.mesh)
 
 
@@ -163,6 +168,11 @@ def hold(
         pieces = ((box, tensor.detach()),) if box.elements else ()
     identity = _identity(tensor, pieces)
     return Held(key, tuple(tensor.shape), dtype, pieces, sharing, among, volatile, identity)
+
+
+def holds_something(name: str, item: object) -> bool:
+    """Whether an item of the state has anything to save: a loss module, for one, has not."""
+    return not isinstance(item, nn.Module) or any(describe_modules(name, item))
 
 
 def hold_shard(key: str, shard: Shard) -> Held:
@@ -199,7 +209,7 @@ def _identity(tensor: torch.Tensor, pieces: tuple[tuple[Box, torch.Tensor], ...]
     if not pieces:
         return ("empty", id(tensor))
     memory = tuple((box, view.data_ptr(), view.stride(), str(view.device)) for box, view in pieces)
-    return (str(tensor.dtype), tuple(tensor.shape), memory)
+    return (str(tensor.dtype), tuple(tensor.shape), tensor.is_conj(), tensor.is_neg(), memory)
 
 
 def _refuse(key: str, tensor: torch.Tensor) -> None:
@@ -412,19 +422,33 @@ def _find_aliases(held: Mapping[str, Held]) -> dict[str, str]:
 
 def _share_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors whose extents overlap have a byte in common: column views of one matrix have none."""
-    low = min(a.data_ptr(), b.data_ptr())
-    marks = [_marks(view, low) for view in (a, b)]
+    first, second = sorted((a, b), key=lambda view: view.data_ptr())
+    apart = second.data_ptr() - first.data_ptr()
+    return _overlap(apart, *((tuple(view.shape), view.stride(), view.element_size()) for view in (first, second)))
+
+
+_Form = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+@lru_cache(maxsize=4096)
+def _overlap(apart: int, first: _Form, second: _Form) -> bool:
+    """Whether two views have a byte in common, the second of which starts ``apart`` bytes behind the first."""
+    (shape, stride, item), (other_shape, other_stride, other_item) = first, second
+    if len(shape) == 2 and stride == other_stride and stride[1] == 1 and item == other_item and apart % item == 0:
+        # Blocks of one matrix, counted from the first column of the first: apart if their columns are.
+        column = apart // item % stride[0]
+        if column + other_shape[1] <= stride[0]:
+            return column < shape[1]
+    marks = [_marks(start, form) for start, form in ((0, first), (apart, second))]
     size = min(mark.numel() for mark in marks)
     return bool((marks[0][:size] & marks[1][:size]).any())
 
 
-def _marks(view: torch.Tensor, low: int) -> torch.Tensor:
-    item = view.element_size()
-    offset = view.data_ptr() - low
-    span = 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-    marks = torch.zeros(offset + span * item, dtype=torch.bool)
-    strides = [stride * item for stride in view.stride()]
-    marks.as_strided((*view.shape, item), (*strides, 1), offset).fill_(True)
+def _marks(start: int, form: _Form) -> torch.Tensor:
+    shape, stride, item = form
+    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    marks = torch.zeros(start + span * item, dtype=torch.bool)
+    marks.as_strided((*shape, item), (*(step * item for step in stride), 1), start).fill_(True)
     return marks
 
 

@@ -50,7 +50,10 @@ class TensorSink:
             raw = raw.clone()
         if self._dtype == target.dtype:
             width = BITS[self._stored_bytes]
-            bits(target).copy_(raw.view(width).view(sizes))
+            if target.is_conj() or target.is_neg():  # its memory does not hold its values
+                target.copy_(raw.view(self._dtype).view(sizes))
+            else:
+                bits(target).copy_(raw.view(width).view(sizes))
         else:
             target.copy_(raw.view(self._dtype).view(sizes))
 
@@ -65,6 +68,8 @@ class RestoredValue:
     """It is this rank's own, or all ranks had the same. Otherwise it is rank 0's, of a world of another size."""
     world_size: int
     """Ranks of the job that saved it."""
+    saved: str
+    """The name it was saved under."""
 
 
 @dataclass
@@ -207,8 +212,8 @@ class _Finding:
         existing: dict[str, torch.Tensor] = {}
         for key in references(tree):
             stored = self.catalog.tensors.get(self.selection.renamed(key))
-            if stored is None:
-                self.missing(key)
+            if stored is None:  # keeping what is there cannot be asked of load_state_dict
+                self.problem(f"{key}: {name} refers to it, but it is not among what is to be restored")
                 continue
             if template is not None and not existing:
                 existing = dict(to_plain(template(), name)[1])
@@ -238,13 +243,18 @@ class _Finding:
         ours = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
         def renamed(own: str) -> str:
-            prefix = f"{name}.state."
-            return self.selection.renamed(f"{prefix}{own}.").removeprefix(prefix)[:-1]
+            return self.selection.renamed(f"{found.saved}.state.{own}.").removeprefix(f"{name}.state.")[:-1]
 
         theirs = [[renamed(own) for own in group["params"]] for group in tree["param_groups"]]
         if ours != theirs:
             self.problem(_group_difference(name, theirs, ours))
             return
+        for group, saved in zip(optimizer.param_groups, tree["param_groups"], strict=True):
+            theirs_only = sorted(set(saved["options"]) - set(group))
+            ours_only = sorted(set(group) - set(saved["options"]) - {"params"})
+            if theirs_only and ours_only:  # either alone is a newer torch, or a scheduler's note
+                self.problem(f"{name}: another kind of optimizer was saved: it has {theirs_only}, this one {ours_only}")
+                return
         self.optimizer_state(name, optimizer, {renamed(own): state for own, state in tree["state"].items()})
 
         def restore_groups() -> None:
@@ -252,8 +262,9 @@ class _Finding:
                 for option, setting in saved["options"].items():
                     if option in TARGET_ONLY_OPTIONS:
                         continue
-                    if isinstance(group.get(option), torch.Tensor):
-                        group[option].fill_(setting)
+                    ours = group.get(option)
+                    if isinstance(ours, torch.Tensor):
+                        ours.copy_(torch.as_tensor(setting, dtype=ours.dtype).reshape(ours.shape))
                     else:
                         group[option] = setting
 
@@ -272,7 +283,13 @@ class _Finding:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 own = names[id(parameter)]
-                state: dict[str, Any] = dict(scalars.get(own, {}))
+                if self.keep_missing and own not in stored and own not in scalars:
+                    continue
+                before = optimizer.state.get(parameter, {})
+                kept = {
+                    key: item for key, item in before.items() if not self.selection.has(f"{name}.state.{own}.{key}")
+                }
+                state: dict[str, Any] = kept | dict(scalars.get(own, {}))
                 for key, entry in stored.get(own, {}).items():
                     full = f"{name}.state.{own}.{key}"
                     self.targets.used.add(full)
@@ -285,6 +302,8 @@ class _Finding:
 
     def note_extra(self) -> None:
         """What the snapshot has below the names that were asked for, and the state has no place for."""
+        if self.selection.only and not self.targets.used and not self.targets.problems:
+            self.problem(f"only={list(self.selection.only)} selects nothing that is both in the state and the snapshot")
         asked = tuple(f"{name}." for name in self.state)
         for key in sorted({*self.catalog.tensors, *(name for name in self.values if self.selection.has(name))}):
             if key not in self.targets.used and (key in self.state or key.startswith(asked)):
@@ -303,7 +322,14 @@ def references(tree: object) -> list[str]:
 
 
 def _is_expanded(view: torch.Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(view.stride(), view.shape, strict=True))
+    """Whether elements may share memory: some stride does not step over all that smaller strides reach."""
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _state_like(parameter: torch.Tensor, key: str, stored: Stored, group: Mapping[str, Any]) -> torch.Tensor:

@@ -26,7 +26,8 @@ class Selection:
     def __init__(self, only: Sequence[str] = (), rename: Mapping[str, str] | None = None) -> None:
         """``only``: globs on names of the state; none means all. ``rename``: prefixes of the snapshot's names to
         prefixes of the state's; the longest that fits counts."""
-        self._only = tuple(only)
+        # A glob for all that is below a name means the name too: an optimizer's own value carries its name.
+        self._only = (*only, *(glob.removesuffix(".*") for glob in only if glob.endswith(".*") and glob != "*.*"))
         self._rename = sorted((rename or {}).items(), key=lambda item: len(item[0]), reverse=True)
 
     def renamed(self, name: str) -> str:
@@ -43,8 +44,14 @@ class Selection:
         )
 
     def has(self, name: str) -> bool:
-        """Whether a name of the state is selected."""
-        return not self._only or any(fnmatch.fnmatchcase(name, glob) for glob in self._only)
+        """Whether a name of the state is selected: a glob that fits a name selects all that is below it."""
+        parts = name.split(".")
+        heads = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return not self._only or any(fnmatch.fnmatchcase(head, glob) for glob in self._only for head in heads)
+
+    @property
+    def only(self) -> tuple[str, ...]:
+        return self._only
 
 
 class Catalog:
@@ -61,6 +68,8 @@ class Catalog:
             if not selection.has(name):
                 continue
             if owner in (SHARED, rank) and (owner == SHARED or same_world):
+                if name in self.tensors and {owner, layout.owners[self.tensors[name].number]} != {SHARED, rank}:
+                    raise ValueError(f"rename makes {name} of two names of the snapshot")
                 self.tensors[name] = Stored(number, layout.dtypes[number], tuple(layout.shapes[number]))
             elif not same_world:
                 self.lost[name] = len(layout.rank_nodes)

@@ -21,7 +21,7 @@ from fastckpt.plan.placement import even_runs
 KNOWN = 0
 """Equal on all ranks of ``among`` by what the tensor is (DTensor ``Replicate``, a DDP module's parameter)."""
 COMPARED = 1
-"""Equal only if the ranks' digests say so."""
+"""Equal only if the ranks' digests say so; then the lowest rank that has it writes it."""
 LOWEST = 2
 """Not known to be equal and not split: the lowest rank that has it writes it for all (module buffers)."""
 OWN = 3
@@ -193,6 +193,8 @@ def _holders(
         result[box] = tuple(ranks)
         if len(ranks) == 1 or _known(first, ranks, offers):
             continue
+        # Found equal, but not known to be: written whole by one rank, so that ranks that drift apart are never mixed.
+        result[box] = (ranks[0],)
         by_digest: dict[bytes, list[int]] = {}
         for rank in ranks:
             by_digest.setdefault(digests[rank].get(key, b""), []).append(rank)

@@ -210,6 +210,7 @@ class History:
 
     def _append(self, make: Callable[[int], _Entry]) -> _Entry:
         for _ in range(_RACES_MAX):
+            self._check_still_there()
             self.refresh()
             entry = self._with_live(make(self.number + 1))
             data = document.seal(entry)
@@ -219,6 +220,26 @@ class History:
                 self._follow(entry, data)
                 return entry
         raise StorageError(f"{self._store.url}: lost {_RACES_MAX} races for the next decision in a row", transient=True)
+
+    def _check_still_there(self) -> None:
+        """``AnotherWriter`` if the history that was read is gone or another one is in its place: whoever deletes a
+        repository under a running job must not be told that its saves are committed."""
+        known = [
+            (names.FORMAT, self._format_digest),
+            (names.decision(self.number), self._digest if self.number else ""),
+        ]
+        for name, digest in known:
+            if not digest:
+                continue
+            try:
+                same = document.digest(read_metadata(self._store, name, _DECISION_BYTES_MAX)) == digest
+            except ObjectNotFound:
+                same = False
+            if not same:
+                raise AnotherWriter(
+                    f"{self._store.url}: {name} is not what this job has read: the repository was deleted or replaced "
+                    "while the job was running; it can save here no more. Make a new Checkpointer"
+                )
 
     def _with_live(self, entry: _Entry) -> _Entry:
         live = [*self._live, entry.snapshot] if isinstance(entry, Commit) else self._live

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 from collections.abc import Callable
 
@@ -67,16 +68,17 @@ class Repository:
     def choose(
         self,
         step: int | None,
-        has_what_is_asked: Callable[[Snapshot], bool],
+        lacks: Callable[[Snapshot], list[str]],
         *,
         before: int | None = None,
         or_earlier: bool = False,
     ) -> Snapshot | None:
         """The snapshot to restore, among those committed by a decision with a number smaller than ``before``.
 
-        An explicit step is exact, unless ``or_earlier``. Otherwise it is the last one that has what is asked for and
-        whose metadata checks out; newer ones passed over are named in the log with the reason. None if there is no
-        snapshot at all. If there are some but none will do, the last one's error is raised.
+        An explicit step is exact, unless ``or_earlier``. Otherwise it is the last one that has what is asked for
+        (``lacks`` names nothing) and whose metadata checks out; newer ones passed over are named in the log with the
+        reason. None if there is no snapshot at all. If there are some but none will do, it is the newest whose metadata
+        checks out, or else the newest one's error is raised.
         """
         snapshots = [snapshot for snapshot in self.snapshots() if before is None or snapshot.live.decision < before]
         if step is not None:
@@ -86,24 +88,28 @@ class Repository:
                 return wanted
             snapshots = [snapshot for snapshot in snapshots if snapshot.live.decision <= wanted.live.decision]
         first_error: FastckptError | None = None
+        whole: list[Snapshot] = []
         by_step = newest(snapshots)
         for snapshot in reversed(snapshots):
             if by_step[snapshot.step] is not snapshot:
                 continue
             try:
                 snapshot.check()
-                if has_what_is_asked(snapshot):
+                missing = lacks(snapshot)
+                if not missing:
                     return snapshot
-                reason = "it has not all that is asked for"
+                whole.append(snapshot)
+                reason = f"it has no {', '.join(missing)}"
             except StorageError:
                 raise  # says nothing about the snapshot, and falling back would lose training without need
             except FastckptError as error:
                 first_error, reason = first_error or error, str(error)
             log.warning("%s: passing over step %d: %s", self.url, snapshot.step, reason)
+        if whole:  # none has everything: let the caller's plan say what is missing from the newest that is whole
+            return whole[0]
         if first_error:
             raise first_error
-        # All are whole but none has everything: let the caller's plan say what is missing from the last one.
-        return snapshots[-1] if snapshots else None
+        return None
 
     def _read_history(self) -> None:
         if self.history.number:
@@ -132,7 +138,7 @@ def create(store: Store, chunk_bytes: int) -> Repository:
     return Repository(store)
 
 
-def open(url: str) -> Repository:  # noqa: A001 - the public name is fastckpt.open
+def open(url: str | os.PathLike[str]) -> Repository:  # noqa: A001 - the public name is fastckpt.open
     """Opens a repository for reading, without torch. ``FormatError`` if there is none at ``url``."""
     return Repository(open_store(url))
 

@@ -35,7 +35,7 @@ class ChunkWriter:
 
     def __init__(self, store: Store, attempt: str, rank: int, chunk_count: int, codec_name: str, trace: Trace) -> None:
         self._store = store
-        self._attempt = attempt
+        self.attempt = attempt
         self._rank = rank
         self._codec = codec.CODECS[codec_name]
         self._trace = trace
@@ -141,7 +141,7 @@ class PackStream:
             return
         writer = self._writer
         footer = pack.Footer(
-            attempt=writer._attempt,
+            attempt=writer.attempt,
             writer=writer._rank,
             number=self._number,
             lengths=np.array(self._lengths, "<u4").tobytes(),
@@ -162,7 +162,7 @@ class PackStream:
     def _begin(self) -> None:
         writer = self._writer
         self._number = next(writer._numbers)
-        self._name = names.pack(writer._attempt, writer._rank, self._number)
+        self._name = names.pack(writer.attempt, writer._rank, self._number)
         self._object = writer._store.write(self._name)
         self._bytes = 0
         self._lengths: list[int] = []
@@ -210,6 +210,7 @@ class Committer:
 
     def __init__(self, store: Store, format_digest: str = "") -> None:
         self._store = store
+        self.format_digest = format_digest
         self._history = History(store, format_digest)
         self._lock = threading.RLock()
         self._counter = 0

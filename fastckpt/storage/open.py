@@ -13,14 +13,17 @@ from fastckpt.storage.store import Store
 _SUPPORTED = "this version of fastckpt opens file:///absolute/path, memory://name and plain paths"
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str | os.PathLike[str]) -> Store:
     """The store at ``url``: ``file:///absolute/path`` (percent-decoded), ``memory://name``, or a plain path, absolute
-    or relative to the working directory of now (``~`` is not expanded). Nothing is read or created.
+    or relative to the working directory of now. Nothing is read or created.
 
     ``ValueError`` for anything else. Its message never repeats the URL, which may hold a secret.
     """
+    url = os.fspath(url)
     scheme, separator, rest = url.partition("://")
     if not separator:
+        if url.startswith("~"):
+            raise ValueError("a path that starts with ~ is not expanded here; expand it, or write ./~ if you mean it")
         if url.lower().startswith(("file:", "memory:")):
             raise ValueError(f"the URL lacks '//' after its scheme; {_SUPPORTED}")
         return LocalStore(url)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastckpt.storage.local import LocalStore
@@ -30,13 +32,16 @@ def test_a_url_opens_the_store_it_names_and_so_does_the_stores_own_url(url, open
 
 def test_a_relative_path_is_below_the_working_directory_of_now(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store, tilde = open_store("run/1"), open_store("~")
+    store = open_store(Path("run/1"))
     monkeypatch.chdir("/")
     assert isinstance(store, LocalStore)
     store.create("a", b"x")
-    tilde.create("a", b"x")
     assert (tmp_path / "run" / "1" / "a").read_bytes() == b"x"
-    assert (tmp_path / "~" / "a").read_bytes() == b"x"
+
+
+def test_a_tilde_is_neither_expanded_nor_made_a_folder():
+    with pytest.raises(ValueError, match="expand it"):
+        open_store("~/run")
 
 
 def test_opening_creates_nothing(tmp_path):

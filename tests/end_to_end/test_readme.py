@@ -28,10 +28,20 @@ def test_the_first_loop_of_the_readme_saves_and_resumes(tmp_path: Path) -> None:
 def test_the_restores_of_the_readme_run(tmp_path: Path) -> None:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 16)])
+    renamed = torch.nn.Module()
+    renamed.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 16)])
+    renamed.head = torch.nn.Linear(16, 2)
+    head = renamed.head.weight.clone()
     state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     with fastckpt.Checkpointer((tmp_path / "run").as_uri()) as ckpt:
         ckpt.save(500, state)
-        run(BLOCKS[1], tmp_path, {"ckpt": ckpt, "state": state, "model": model, "fastckpt": fastckpt})
+        names = {"ckpt": ckpt, "state": state, "model": model, "fastckpt": fastckpt}
+        lines = BLOCKS[1].splitlines()
+        (rename,) = (line for line in lines if "rename=" in line)
+        run("\n".join(line for line in lines if line is not rename), tmp_path, names)
+        exec(compile(rename, "README.md", "exec"), {"ckpt": ckpt, "model": renamed})
+    assert torch.equal(renamed.blocks[0].weight, model.layers[0].weight)
+    assert torch.equal(renamed.head.weight, head)
 
 
 def test_the_readme_shows_the_commands_that_exist() -> None:

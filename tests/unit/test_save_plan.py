@@ -92,9 +92,15 @@ def test_a_tensor_without_elements_is_kept_as_a_key() -> None:
     assert layout.shard_keys == []
 
 
-def test_a_replica_is_split_between_its_holders() -> None:
-    layout, _ = plan(*[[offer("a", (8, 1024))]] * 4)
+def test_a_replica_that_is_known_to_be_equal_is_split_between_its_holders() -> None:
+    layout, _ = plan(*[[offer("a", (8, 1024), sharing=KNOWN)]] * 4, groups=[[0, 1, 2, 3]])
     assert layout.writers == [(0, 2), (1, 2), (2, 2), (3, 2)]
+
+
+def test_a_replica_that_was_only_found_equal_is_written_whole_by_the_lowest_rank_and_never_mixed() -> None:
+    layout, comparisons = plan(*[[offer("a", (8, 1024))]] * 4)
+    assert layout.writers == [(0, 8)]
+    assert [(comparison.ranks, comparison.keys) for comparison in comparisons] == [([0, 1, 2, 3], ["a"])]
 
 
 def test_a_buffer_is_written_whole_by_the_lowest_rank_even_if_ranks_differ() -> None:

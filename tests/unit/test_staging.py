@@ -294,6 +294,8 @@ def test_the_fence_of_a_forgotten_checkpointer_is_gone(tmp_path: Path) -> None:
     ckpt.save(1, {"x": torch.ones(3)}).wait(SECONDS)
     assert hooks() == before + 1
     ckpt._join()
+    assert ckpt._cleaner is not None
+    ckpt._cleaner.join(SECONDS)
     gone = weakref.ref(ckpt)
     del ckpt
     gc.collect()
