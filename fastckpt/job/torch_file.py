@@ -126,6 +126,8 @@ def _read() -> tuple[list[Any], list[torch.Tensor]]:
 
 
 def _load(torch: Any) -> Any:
+    if os.pread(0, 4, 0)[:4] != b"PK\x03\x04" and os.pread(0, 1, 0) != b"\x80":
+        raise Refused("damaged", "it is not a file that torch.save wrote")
     try:
         with os.fdopen(0, "rb", closefd=False) as file:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
@@ -141,6 +143,8 @@ def _load(torch: Any) -> Any:
         if "can't allocate memory" in text or "not enough memory" in text:
             raise MemoryError from None
         first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        if "weights_only" in first:  # torch's advice is to load it without protection
+            first = "neither an archive nor the older form, or cut short"
         raise Refused("damaged", f"torch cannot read it ({first[:300]})") from None
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from urllib.parse import unquote_to_bytes
 
+from fastckpt.errors import RepositoryNotFound
 from fastckpt.storage.local import LocalStore
 from fastckpt.storage.memory import memory_store
 from fastckpt.storage.store import Store
@@ -17,7 +18,8 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     """The store at ``url``: ``file:///absolute/path`` (percent-decoded), ``memory://name``, or a plain path, absolute
     or relative to the working directory of now. Nothing is read or created.
 
-    ``ValueError`` for anything else. Its message never repeats the URL, which may hold a secret.
+    ``RepositoryNotFound`` for a file where a directory should be, ``ValueError`` for anything else. Its message never
+    repeats the URL, which may hold a secret.
     """
     url = os.fspath(url)
     scheme, separator, rest = url.partition("://")
@@ -26,7 +28,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
             raise ValueError("a path that starts with ~ is not expanded here; expand it, or write ./~ if you mean it")
         if url.lower().startswith(("file:", "memory:")):
             raise ValueError(f"the URL lacks '//' after its scheme; {_SUPPORTED}")
-        return LocalStore(url)
+        return _local(url)
     scheme = scheme.lower()
     if scheme not in ("file", "memory"):
         # Only what looks like a scheme is repeated: user:password@host://x does not.
@@ -48,4 +50,10 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         raise ValueError(f"the file URL has no path; {_SUPPORTED}")
     if re.search("%(?![0-9A-Fa-f]{2})", path):
         raise ValueError("a % in the file URL is not followed by two hexadecimal digits; write %25 for %")
-    return LocalStore("/" + os.fsdecode(unquote_to_bytes(path)))
+    return _local("/" + os.fsdecode(unquote_to_bytes(path)))
+
+
+def _local(path: str) -> LocalStore:
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise RepositoryNotFound(f"{path} is a file; a repository is a directory")
+    return LocalStore(path)
