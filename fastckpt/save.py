@@ -335,6 +335,11 @@ class Saves:
             seen = repository.Repository(self._store).format_digest
         except RepositoryNotFound:
             seen = ""
+        if seen != attempt.format_digest and self._rank == 0:
+            raise AnotherWriter(
+                f"{self._store.url}: the repository was deleted or replaced while the job was running; it can save "
+                "here no more. Make a new Checkpointer"
+            )
         if seen != attempt.format_digest:
             raise SaveError(
                 f"{self._store.url}: rank {self._rank} does not see the repository that rank 0 made there; every rank "

@@ -83,5 +83,5 @@ def _report(terminal: Terminal, damage: list[Damage], chosen: list[Snapshot], st
     for name, why in sorted(strays.items()):
         terminal.note(f"note: {name}: {why}")
     checked = f"{count_text(len(chosen), 'snapshot')} checked"
-    terminal.line(f"{checked}: {len(damage)} damaged" if damage else f"{checked}: no damage")
+    terminal.line(f"{checked}: {count_text(len(damage), 'place')} damaged" if damage else f"{checked}: no damage")
     return 14 if damage else 0

@@ -285,11 +285,7 @@ class _Finding:
                 own = names[id(parameter)]
                 if self.keep_missing and own not in stored and own not in scalars:
                     continue
-                before = optimizer.state.get(parameter, {})
-                kept = {
-                    key: item for key, item in before.items() if not self.selection.has(f"{name}.state.{own}.{key}")
-                }
-                state: dict[str, Any] = kept | dict(scalars.get(own, {}))
+                state: dict[str, Any] = dict(scalars.get(own, {}))
                 for key, entry in stored.get(own, {}).items():
                     full = f"{name}.state.{own}.{key}"
                     self.targets.used.add(full)

@@ -26,6 +26,7 @@ class Selection:
     def __init__(self, only: Sequence[str] = (), rename: Mapping[str, str] | None = None) -> None:
         """``only``: globs on names of the state; none means all. ``rename``: prefixes of the snapshot's names to
         prefixes of the state's; the longest that fits counts."""
+        self.only = tuple(only)
         # A glob for all that is below a name means the name too: an optimizer's own value carries its name.
         self._only = (*only, *(glob.removesuffix(".*") for glob in only if glob.endswith(".*") and glob != "*.*"))
         self._rename = sorted((rename or {}).items(), key=lambda item: len(item[0]), reverse=True)
@@ -48,10 +49,6 @@ class Selection:
         parts = name.split(".")
         heads = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         return not self._only or any(fnmatch.fnmatchcase(head, glob) for glob in self._only for head in heads)
-
-    @property
-    def only(self) -> tuple[str, ...]:
-        return self._only
 
 
 class Catalog:

@@ -62,7 +62,7 @@ class World:
         self.expected[key, SHARED] = self.contents[min(ranks), key]
         for box in {box for boxes in ranks.values() for box in boxes}:
             holding = tuple(sorted(rank for rank, boxes in ranks.items() if box in boxes))
-            self.holders[(key, SHARED), box] = holding[:1] if sharing == LOWEST else holding
+            self.holders[(key, SHARED), box] = holding if sharing == KNOWN else holding[:1]
         if sharing == LOWEST:
             self.unsplit.add(key)
 
@@ -219,7 +219,7 @@ def test_each_byte_is_written_once_by_a_rank_that_holds_it(world: World) -> None
 
 
 @given(worlds())
-def test_ranks_that_hold_the_same_boxes_write_equal_shares_and_buffers_are_not_split(world: World) -> None:
+def test_replicas_known_to_be_equal_are_written_in_equal_shares_and_nothing_else_is_split(world: World) -> None:
     layout = world.plan()
     chunks = Chunks(layout)
     shares: dict[tuple[int, ...], dict[int, int]] = defaultdict(lambda: defaultdict(int))

@@ -43,7 +43,7 @@ class Ranks:
         self._group = ThreadGroup(size, seconds_max=SECONDS)
         monkeypatch.setattr(front, "job_group", lambda *_: self._here.group)
 
-    def run(self, function: Callable[[int], Any], wrap: Callable[[Group], Group] = lambda group: group) -> list[Any]:
+    def run(self, function: Callable[[int], Any], wrap: Callable[[Group], Group] = lambda group: group) -> Any:
         def on_rank(group: Group) -> Any:
             self._here.group = wrap(group)
             return function(group.rank)
@@ -91,11 +91,11 @@ def test_a_rank_that_missed_the_answer_with_a_new_layout_does_not_write_by_the_o
     url: str, ranks: Ranks, missed: int
 ) -> None:
     def state(rank: int, step: int, value: float) -> dict[str, Any]:
-        # Rank 0 gives one buffer up for another at step 2, so that rank 1 is to write the other of its two.
+        # When the answer is missed, rank 0 gives one buffer up for another: rank 1 is to write the other of its two.
         module = nn.Module()
-        if rank == 1 or step == 1:
+        if rank == 1 or step < missed:
             module.register_buffer("b0", torch.full((4096,), value))
-        if rank == 1 or step > 1:
+        if rank == 1 or step >= missed:
             module.register_buffer("b1", torch.full((4096,), value + 1))
         return {"m": module}
 
@@ -112,8 +112,11 @@ def test_a_rank_that_missed_the_answer_with_a_new_layout_does_not_write_by_the_o
 
                 failed[step] = outcome(save)
             restored = state(1, 4, 0.0)
-            step = ckpt.restore(restored)
-            return [failed, step, {name: value.unique().tolist() for name, value in restored["m"].named_buffers()}]
+            return [
+                failed,
+                ckpt.restore(restored),
+                {name: value.unique().tolist() for name, value in restored["m"].named_buffers()},
+            ]
 
     results = ranks.run(job, lambda group: MissesAnswer(group, f"save-{missed}/offers/node"))
     for rank, (failed, step, buffers) in enumerate(results):
