@@ -335,10 +335,10 @@ class Checkpointer:
         is no snapshot yet (an explicit step then is ``SnapshotNotFound``). All ranks call it; all restore the same
         snapshot or all raise.
 
-        ``state`` may name part of what was saved. ``only``: globs of names to restore, each with all that is below it; an
-        optimizer comes whole or not at all. ``rename``: prefixes of saved names to prefixes of names in the state.
-        ``missing="keep"`` leaves alone what the snapshot has not. ``cast`` converts dtypes. ``policy="previous"`` goes on
-        with the snapshot before where one proves to be damaged.
+        ``state`` may name part of what was saved. ``only``: globs of names to restore, each with all that is below it;
+        an optimizer comes whole or not at all. ``rename``: prefixes of saved names to prefixes of names in the state.
+        ``missing="keep"`` leaves alone what the snapshot has not. ``cast`` converts dtypes. ``policy="previous"`` goes
+        on with the snapshot before where one proves to be damaged.
 
         ``StateMismatch`` lists everything that does not fit, before anything is changed; ``SnapshotDamaged`` names key,
         shard, object and offset: then part of the state holds new values, and saving is refused until a restore
