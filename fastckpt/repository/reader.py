@@ -386,6 +386,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 def _box(shape: Sequence[int], index: tuple[slice, ...] | slice | None) -> Box:
     slices = () if index is None else index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(piece, slice) for piece in slices):
+        raise TypeError(f"index is a slice, or a tuple of slices, not {index!r}")
     if len(slices) > len(shape):
         raise IndexError(f"{len(slices)} slices for a tensor of {len(shape)} dimensions")
     bounds = [piece.indices(size) for piece, size in itertools.zip_longest(slices, shape, fillvalue=slice(None))]  # type: ignore[arg-type]
