@@ -188,9 +188,10 @@ class Staging:
         ]
         ends = list(itertools.accumulate(source.bytes for _, _, source in live))
         chosen: list[_Sample] = []
+        choose = random.Random()  # noqa: S311 - spread, not secrecy; and never the generators of the training
         for _ in range(SAMPLES if live else 0):
-            key, _, source = live[bisect.bisect_right(ends, random.randrange(ends[-1]))]  # noqa: S311 - spread, not secrecy
-            offset = random.randrange(max(1, (source.bytes - SAMPLE_BYTES) // 16 + 1)) * 16  # noqa: S311
+            key, _, source = live[bisect.bisect_right(ends, choose.randrange(ends[-1]))]
+            offset = choose.randrange(max(1, (source.bytes - SAMPLE_BYTES) // 16 + 1)) * 16
             seen = bytearray(min(SAMPLE_BYTES, source.bytes - offset))
             source.fill(offset, memoryview(seen))
             chosen.append((key, source, offset, bytes(seen)))

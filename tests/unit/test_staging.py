@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import secrets
 import threading
 import weakref
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -319,3 +321,19 @@ def test_two_checkpointers_of_one_process_both_hold_the_step(make_job: MakeJob) 
     first.wait(SECONDS)
     second.wait(SECONDS)
     assert one.saved(1) == two.saved(1) == before
+
+
+def test_saving_and_restoring_leave_the_random_number_generators_of_the_training_alone(tmp_path: Path) -> None:
+    def states() -> tuple[Any, ...]:
+        name, keys, *rest = np.random.get_state()  # type: ignore[misc]
+        return random.getstate(), name, keys.tobytes(), *rest, torch.get_rng_state().tolist()
+
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 300)).sum().backward()
+    optimizer.step()
+    before = states()
+    with Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save(1, {"model": model, "optimizer": optimizer}).wait(SECONDS)
+        ckpt.restore({"model": model, "optimizer": optimizer})
+    assert states() == before
