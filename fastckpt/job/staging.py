@@ -182,15 +182,16 @@ class Staging:
         """Pieces of live tensors as they are now, spread over their bytes: what changes before staging comes to it is
         found by these. Not on accelerators, where reading now would wait for all that is queued."""
         live = [
-            (key, box, TensorSource(view, self))
-            for (key, box), view in self._live.items()
+            (key, view)
+            for (key, _), view in self._live.items()
             if key not in self._copied and view.device.type == "cpu"
         ]
-        ends = list(itertools.accumulate(source.bytes for _, _, source in live))
+        ends = list(itertools.accumulate(view.numel() * view.element_size() for _, view in live))
         chosen: list[_Sample] = []
         choose = random.Random()  # noqa: S311 - spread, not secrecy; and never the generators of the training
         for _ in range(SAMPLES if live else 0):
-            key, _, source = live[bisect.bisect_right(ends, choose.randrange(ends[-1]))]
+            key, view = live[bisect.bisect_right(ends, choose.randrange(ends[-1]))]
+            source = TensorSource(view, self)
             offset = choose.randrange(max(1, (source.bytes - SAMPLE_BYTES) // 16 + 1)) * 16
             seen = bytearray(min(SAMPLE_BYTES, source.bytes - offset))
             source.fill(offset, memoryview(seen))
