@@ -216,7 +216,7 @@ class Checkpointer:
             self._hold_step()
         pending._trace.add_since("return", pending._started)
         # Only now: ranks learn of a failure at different moments, and must start the same saves all the same.
-        self._raise_earlier()
+        self._raise_earlier(than=pending)
         return pending
 
     def _run(
@@ -490,10 +490,11 @@ class Checkpointer:
                 f"{self.url}: not saving: {self._broken}. Restore successfully first, or make a new Checkpointer"
             ) from self._broken
 
-    def _raise_earlier(self) -> None:
-        """Raises what an earlier save failed with, unless its ``wait`` already did: each failure once, oldest first."""
-        while self._failed:
-            pending = self._failed.pop(0)
+    def _raise_earlier(self, than: Pending | None = None) -> None:
+        """Raises what a save (one before ``than``) failed with, unless its ``wait`` already did: each failure once,
+        oldest first."""
+        for pending in [failed for failed in self._failed if failed is not than]:
+            self._failed.remove(pending)
             if not pending._raised and pending.error is not None:
                 pending._raised = True
                 raise pending.error
