@@ -57,7 +57,8 @@ class Offered(Protocol):
     """Encoded per-rank values by name."""
 
     def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
-        """For each of these keys held here (None: all that are not known to be equal), a digest of sampled content."""
+        """For each of these keys held here, a digest of sampled content; for None, a digest of the whole content of
+        every tensor that is not known to be equal wherever it is held."""
 
     def source(self, key: str, box: Box) -> Source:
         """The bytes of a box this rank offered."""

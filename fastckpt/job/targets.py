@@ -178,6 +178,17 @@ class _Finding:
         elif not self.keep_missing:
             self.problem(f"{key}: in the state but not in the snapshot")
 
+    def find_value(self, name: str) -> RestoredValue | None:
+        """The value to restore under a name; None if it is not selected or, which is noted, not in the snapshot."""
+        if not self.selection.has(name):
+            return None
+        found = self.values.get(name)
+        if found is None:
+            self.missing(name)
+        else:
+            self.targets.used.add(name)
+        return found
+
     def value(
         self,
         name: str,
@@ -186,13 +197,9 @@ class _Finding:
         template: Callable[[], Any] | None = None,
         rng: RNGState | None = None,
     ) -> None:
-        if not self.selection.has(name):
-            return
-        found = self.values.get(name)
+        found = self.find_value(name)
         if found is None:
-            self.missing(name)
             return
-        self.targets.used.add(name)
         if not found.exact:
             if rng is None:
                 self.problem(
@@ -228,13 +235,9 @@ class _Finding:
         return tensors
 
     def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        if not self.selection.has(name):
-            return
-        found = self.values.get(name)
+        found = self.find_value(name)
         if found is None:
-            self.missing(name)
             return
-        self.targets.used.add(name)
         if not found.exact:
             self.problem(f"{name}: its parameter groups differed between the ranks that saved them")
             return
