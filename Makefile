@@ -45,10 +45,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Tests of power cuts mount file systems of their own. Without these tools, or without root, they are skipped.
+# Tests of power cuts and dead storage mount file systems of their own, and strace kills at system calls. Without these
+# tools, or without root, such tests are skipped.
 system:
 	@missing=""; \
-	for tool in mkfs.ext4 mkfs.xfs losetup mount; do \
+	for tool in mkfs.ext4 mkfs.xfs losetup mount strace fusermount3; do \
 		PATH="$$PATH:/usr/sbin:/sbin" command -v $$tool >/dev/null || missing="$$missing $$tool"; \
 	done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
@@ -56,8 +57,8 @@ system:
 		echo "installing packages for:$$missing"; \
 		export DEBIAN_FRONTEND=noninteractive; \
 		{ apt-get update -qq && \
-		apt-get install -y -qq --no-install-recommends e2fsprogs xfsprogs mount util-linux; } >/dev/null || \
+		apt-get install -y -qq --no-install-recommends e2fsprogs xfsprogs mount util-linux strace fuse3; } >/dev/null || \
 		echo "could not install them; tests that need them do not run"; \
 	else \
-		echo "missing:$$missing (packages e2fsprogs xfsprogs mount util-linux); tests that need them are skipped"; \
+		echo "missing:$$missing (packages e2fsprogs xfsprogs mount util-linux strace fuse3); tests that need them are skipped"; \
 	fi
