@@ -37,6 +37,8 @@ from fastckpt.trace import Trace
 CHUNK_BYTES = 4096
 OPTIONS = Options(chunk_bytes=CHUNK_BYTES, commit_seconds_max=30.0)
 NODES = ("a", "a", "b", "b")
+GENERATION = 1_000_000
+"""What a job saves has a number: its step, plus a multiple of this where a step is saved again with other content."""
 
 
 class Tensor(NamedTuple):
@@ -105,6 +107,17 @@ def stored_values(step: int, rank: int) -> dict[str, object]:
     return {"progress": {"step": step, "name": "equal on all ranks"}, "rng": (step, rank, bytes([rank]) * 20)}
 
 
+def share(tensor: Tensor, rank: int, size: int) -> Box:
+    """The part of a tensor that one of ``size`` ranks holds."""
+    box = Box.whole(tensor.shape)
+    if tensor.split is None:
+        return box
+    part = tensor.shape[tensor.split] // size
+    offsets, sizes = list(box.offsets), list(box.sizes)
+    offsets[tensor.split], sizes[tensor.split] = rank * part, part
+    return Box(tuple(offsets), tuple(sizes))
+
+
 class State:
     """What one rank offers at one step; the ``Offered`` of the save flow."""
 
@@ -113,12 +126,7 @@ class State:
         self._spec = spec
         offers = []
         for key, tensor in spec.items():
-            box = Box.whole(tensor.shape)
-            if tensor.split is not None:
-                part = tensor.shape[tensor.split] // size
-                offsets, sizes = list(box.offsets), list(box.sizes)
-                offsets[tensor.split], sizes[tensor.split] = rank * part, part
-                box = Box(tuple(offsets), tuple(sizes))
+            box = share(tensor, rank, size)
             owner = rank if tensor.sharing in (LOWEST, OWN) else -1
             array = whole(tensor.alias or key, tensor, step, owner)[box.slices()]
             self._arrays[key, box] = np.ascontiguousarray(array)
@@ -127,6 +135,7 @@ class State:
         self.offer = RankOffer(offers, [list(range(size))])
         self.digest = offer_digest(self.offer)
         self.values = {name: value.encode(plain) for name, plain in stored_values(step, rank).items()}
+        self.labels = Labels(note=f"{step} of {size}")
 
     def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
         return {
@@ -160,14 +169,14 @@ class RankSaves:
         self._cleaned = False
 
     def save(self, step: int, state: State, on_committed: Callable[[int], None] = lambda step: None) -> Live:
-        attempt = self._saves.agree(step, state)
+        attempt = self._saves.agree(step % GENERATION, state)
         written: Any
         trace = Trace()
         try:
             written = self._saves.write(attempt, state, self._staging_pool(attempt), trace, lambda: None)
         except Exception as error:
             written = error
-        live = self._saves.commit(attempt, written, state.values, Labels(note=f"step {step}"), trace)
+        live = self._saves.commit(attempt, written, state.values, state.labels, trace)
         on_committed(step)
         if not self._cleaned:
             self._cleaned = True
@@ -211,7 +220,9 @@ class Job:
         options: Options = OPTIONS,
         is_killed: Callable[[], bool] = lambda: False,
         key_value: MemoryKeyValue | None = None,
+        on_committed: Callable[[int], None] = lambda step: None,
     ) -> None:
+        """``on_committed`` is called by every rank that is told of a commit."""
         self._stores = stores
         self._size = len(stores)
         self._spec = spec or full_spec(self._size)
@@ -219,6 +230,7 @@ class Job:
         self._mortal = MortalKeyValue(is_killed)
         self._group = ThreadGroup(self._size, nodes[: self._size], seconds_max=60.0)
         self._group.key_value = key_value or self._mortal
+        self._on_committed = on_committed
         self.reported: set[int] = set()
         """Steps that at least one rank was told are committed."""
         self.outcomes: list[dict[int, Live | BaseException]] = []
@@ -240,7 +252,7 @@ class Job:
                 for step in steps:
                     try:
                         state = State(step, group.rank, self._size, self._spec)
-                        mine[step] = saves.save(step, state, self.reported.add)
+                        mine[step] = saves.save(step, state, self._report)
                     except BaseException as error:
                         mine[step] = error
                         if barrier is None or isinstance(error, Killed):
@@ -256,6 +268,10 @@ class Job:
                 outcome.add_note(f"on rank {rank}")
                 raise outcome
         return self
+
+    def _report(self, step: int) -> None:
+        self.reported.add(step)
+        self._on_committed(step)
 
 
 class MortalKeyValue(MemoryKeyValue):
@@ -305,6 +321,12 @@ def read_all(
     return arrays
 
 
+def saved_as(snapshot: Snapshot, size: int) -> tuple[int, int]:
+    """The number of what was saved, and by how many ranks. What another job than this saved: its step, and ``size``."""
+    number, of, ranks = snapshot.note.partition(" of ")
+    return (int(number), int(ranks)) if of else (snapshot.step, size)
+
+
 def snapshot_violations(snapshot: Snapshot, step: int, size: int, spec: Spec) -> list[str]:
     """How a snapshot differs from what was saved at ``step``. Reads every chunk and every value."""
     found: list[str] = []
@@ -339,16 +361,19 @@ def repository_violations(
         latest = Restores(store, SoloGroup(), 10.0).choose(None, [])
     except Exception as error:
         return [f"the repository does not open: {type(error).__name__}: {error}"], set()
-    listed = [snapshot.step for snapshot in snapshots]
+    saved = [saved_as(snapshot, size) for snapshot in snapshots]
+    listed = [number for number, _ in saved]
     found = []
     if len(set(listed)) != len(listed) or not set(listed) <= possible:
         found.append(f"lists steps {listed}; only {sorted(possible)} were tried, each once")
     if lost := reported - set(listed):
         found.append(f"steps {sorted(lost)} were reported committed, but only {listed} are listed")
-    if (latest.step if latest else None) != (listed[-1] if listed else None):
+    if (saved_as(latest, size)[0] if latest else None) != (listed[-1] if listed else None):
         found.append(f"restores {latest} where {listed} are listed")
-    for snapshot in snapshots:
-        found += snapshot_violations(snapshot, snapshot.step, size, spec)
+    for snapshot, (number, ranks) in zip(snapshots, saved, strict=True):
+        if snapshot.step != number % GENERATION:
+            found.append(f"calls {number} step {snapshot.step}")
+        found += snapshot_violations(snapshot, number, ranks, spec)
     return found, set(listed)
 
 
