@@ -32,6 +32,7 @@ from fastckpt import (
     StorageError,
 )
 from fastckpt import checkpointer as front
+from fastckpt.format import names
 from fastckpt.storage.memory import memory_store
 from fastckpt.testing import FaultyStore
 
@@ -106,6 +107,30 @@ def test_a_save_says_what_it_is_doing_and_what_it_did(url: str) -> None:
         assert pending.counters["stage_bytes"] == pending.counters["write_bytes"] == 4000
         assert [snapshot.attempt for snapshot in ckpt.snapshots()] == [snapshot.attempt]
         assert snapshot.environment["torch"]["version"] == torch.__version__
+
+
+def test_nothing_counts_as_committed_before_its_decision_is_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(operation: str, name: str) -> bool:
+        if (operation, name) == ("create", names.decision(2)):
+            reached.set()
+            go_on.wait(SECONDS)
+        return True
+
+    store = FaultyStore(memory_store(url.removeprefix("memory://")), only=hold)
+    monkeypatch.setattr("fastckpt.checkpointer.open_store", lambda _: store)
+    with Checkpointer(url) as ckpt:
+        pending = ckpt.save(1, {"t": torch.ones(3)})
+        assert reached.wait(SECONDS)
+        assert (pending.status, pending.done) == ("written", False)
+        with pytest.raises(TimeoutError, match="was not committed"):
+            pending.wait(0)
+        with pytest.raises(SaveError, match="step 1 is not committed"):
+            _ = pending.snapshot
+        go_on.set()
+        pending.wait(SECONDS)
+        assert steps(ckpt) == [1]
 
 
 def test_a_repository_is_made_by_the_first_save_and_not_before(
