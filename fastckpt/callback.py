@@ -59,7 +59,10 @@ class Callback:
             return 1
         step = self._checkpointer.restore(self._state)
         if step is None and self._resume == "must":
-            raise SnapshotNotFound(f"{self._checkpointer.url}: no snapshot to resume from, and resume='must'")
+            raise SnapshotNotFound(
+                f"{self._checkpointer.url}: no snapshot to resume from, and resume='must'; check the URL, or start from the "
+                "beginning with resume='if-any'"
+            )
         return (step or 0) + 1
 
     def on_step_end(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:

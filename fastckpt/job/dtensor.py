@@ -26,7 +26,9 @@ def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, torch.Tensor]]:
         if isinstance(placement, Partial):
             raise ValueError(f"{key}: a Partial DTensor holds sums not yet made; redistribute it before saving")
         if not isinstance(placement, Replicate | ShardPlacement | _StridedShard):
-            raise ValueError(f"{key}: cannot save a DTensor with placement {placement}")
+            raise ValueError(
+                f"{key}: cannot save a DTensor with placement {placement}; redistribute it to Shard or Replicate before"
+            )
     local = tensor._local_tensor.detach()
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()

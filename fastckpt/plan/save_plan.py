@@ -169,7 +169,7 @@ def _alias(key: str, holders: Mapping[int, Offer]) -> str:
         targets.setdefault(offer.alias, []).append(rank)
     if len(targets) > 1:
         how = "; ".join(f"{'to ' + target if target else 'to nothing'} on {_ranks(r)}" for target, r in targets.items())
-        raise ValueError(f"{key}: tied differently on different ranks: {how}")
+        raise ValueError(f"{key}: tied differently on different ranks: {how}; tie it on every rank, or on none")
     return next(iter(targets))
 
 
@@ -228,12 +228,15 @@ def _check_cover(key: str, shape: list[int], boxes: Mapping[Box, tuple[int, ...]
         a, b = overlap
         raise ValueError(
             f"{key}: {_ranks(boxes[a])} and {_ranks(boxes[b])} hold overlapping but different boxes "
-            f"{a} and {b} of shape {shape}"
+            f"{a} and {b} of shape {shape}; each gives its own part, or all give the same"
         )
     covered, whole = sum(box.elements for box in boxes), math.prod(shape)
     if covered != whole:
         have = ", ".join(f"{box} on {_ranks(ranks)}" for box, ranks in itertools.islice(boxes.items(), 8))
-        raise ValueError(f"{key}: ranks hold {covered} of the {whole} elements of shape {shape}: {have or 'nothing'}")
+        raise ValueError(
+            f"{key}: ranks hold {covered} of the {whole} elements of shape {shape}: {have or 'nothing'}; every element "
+            "must be held by some rank: does one not give its Shard?"
+        )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -188,8 +188,8 @@ def test_overlapping_boxes_are_refused_naming_the_ranks_and_boxes() -> None:
 
 def test_a_hole_is_refused_naming_who_holds_what() -> None:
     message = refused([offer("w", (8,), [([0], [3])])], [offer("w", (8,), [([4], [4])])])
-    assert message == "w: ranks hold 7 of the 8 elements of shape [8]: [0:3] on rank 0, [4:8] on rank 1"
-    assert refused([offer("w", (8,), [])]).endswith("of shape [8]: nothing")
+    assert message.startswith("w: ranks hold 7 of the 8 elements of shape [8]: [0:3] on rank 0, [4:8] on rank 1; ")
+    assert "of shape [8]: nothing; " in refused([offer("w", (8,), [])])
 
 
 def test_different_kinds_are_refused_naming_the_key_and_ranks() -> None:
