@@ -180,6 +180,7 @@ def main() -> None:
             restored = ckpt.restore({name: part for name, part in state.items() if name != arguments.forget})
             restore_seconds = time.perf_counter() - started
         journal.write(pid=os.getpid(), restored=restored, restore_seconds=restore_seconds)
+        logging.info("training from step %d", (restored or 0) + 1)
         batches = iter(text)  # after restore: it goes on where it was
         saves: list[fastckpt.Pending] = []
         for step in range((restored or 0) + 1, arguments.steps + 1):
@@ -195,7 +196,7 @@ def main() -> None:
 
     last = digests(model, optimizer)
     if rank == 0:
-        (arguments.output / "digests.json").write_text(json.dumps(last))
+        (arguments.output / "digests.json").write_text(json.dumps(last, sort_keys=True))
     dist.destroy_process_group()
 
 

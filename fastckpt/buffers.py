@@ -6,13 +6,12 @@ written to core dumps. Freed slots are reused, never returned to the system: fre
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
 from typing import Protocol
 
-from fastckpt.errors import AttemptAborted
+from fastckpt.errors import AttemptAborted, SaveError
 
 
 class Source(Protocol):
@@ -41,7 +40,10 @@ class Slot:
 
 
 class Pool:
-    """``count`` buffers of ``slot_bytes`` each. Any thread may take and give."""
+    """``count`` buffers of ``slot_bytes`` each. Any thread may take and give.
+
+    ``SaveError`` if the system does not give the memory, or no descriptor for it.
+    """
 
     def __init__(self, slot_bytes: int, count: int) -> None:
         if slot_bytes <= 0 or count <= 0:
@@ -49,7 +51,14 @@ class Pool:
         page = mmap.PAGESIZE
         self.slot_bytes = -(-slot_bytes // page) * page
         self.count = count
-        self._map = _shared_memory(self.slot_bytes * count)
+        size = self.slot_bytes * count
+        try:
+            self._map = _shared_memory(size)
+        except OSError as error:
+            raise SaveError(
+                f"cannot get {size} bytes of memory for staging buffers: {error.strerror or error}; lower "
+                "Options(staging_bytes_max=...), or raise the limits on memory and open files that the job runs under"
+            ) from error
         self._view = memoryview(self._map)
         self._free = list(range(count))
         self._changed = threading.Condition()
@@ -84,11 +93,15 @@ class Pool:
             assert len(self._free) == self.count, "a slot is still in use"
             self._cancelled = False
 
-    def close(self) -> None:
-        """Unmaps the memory, once nobody holds a view of it any more: the traceback of a failure may, for a while."""
-        with contextlib.suppress(BufferError):
+    def close(self) -> bool:
+        """Unmaps the memory if nobody holds a view of it any more, and says whether that is so: the traceback of a
+        failure may hold one for a while, and a call to the storage that was left behind until it comes back."""
+        try:
             self._view.release()
             self._map.close()
+        except BufferError:
+            return False
+        return True
 
 
 def _shared_memory(size: int) -> mmap.mmap:

@@ -60,8 +60,8 @@ class Callback:
         step = self._checkpointer.restore(self._state)
         if step is None and self._resume == "must":
             raise SnapshotNotFound(
-                f"{self._checkpointer.url}: no snapshot to resume from, and resume='must'; check the URL, or start from the "
-                "beginning with resume='if-any'"
+                f"{self._checkpointer.url}: no snapshot to resume from, and resume='must'; check the URL, or start "
+                "from the beginning with resume='if-any'"
             )
         return (step or 0) + 1
 

@@ -37,12 +37,15 @@ from fastckpt.plan.restore_plan import Catalog, Selection
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
 from fastckpt.save import Attempt, Labels, Saves
+from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
 
 CLOSE_SECONDS_AFTER_ERROR = 60.0
+STORAGE_SECONDS_SHARE = 0.75
+"""A rank waits for its storage a little less long than the others wait for it: it must be able to say what is wrong."""
 
 
 class Pending:
@@ -132,17 +135,19 @@ class Checkpointer:
         """
         self._options = options or Options()
         number = next_group_number()  # before anything can fail on one rank only
-        self._store = open_store(url)
+        seconds_max = self._options.commit_seconds_max
+        self._store = DeadlineStore.opened(url, seconds_max * STORAGE_SECONDS_SHARE, open_store)
         if not repository.exists(self._store) and not create:
             repository.Repository(self._store)  # raises, saying what is there
-        self._group = job_group(self._options.commit_seconds_max, number)
+        self._group = job_group(seconds_max, number)
         self._saves = Saves(self._store, self._group, self._options)
-        self._restores = restore_flow.Restores(self._store, self._group, self._options.commit_seconds_max)
+        self._restores = restore_flow.Restores(self._store, self._group, seconds_max)
         self._pending: Pending | None = None
         self._staging: Staging | None = None
         self._thread: threading.Thread | None = None
         self._failed: list[Pending] = []
         self._pool: Pool | None = None
+        self._in_use: list[Pool] = []
         self._steps: set[int] = set()
         self._cleaner: threading.Thread | None = None
         self._broken: BaseException | None = None
@@ -263,13 +268,20 @@ class Checkpointer:
         budget = self._options.staging_bytes_max or staging_bytes(agreed.mine_bytes, on_node)
         slot_bytes = agreed.largest_chunk_bytes
         count = max(2, min(len(agreed.mine), math.ceil(budget / slot_bytes)))
-        if self._pool is not None and (self._pool.slot_bytes < slot_bytes or self._pool.count < count):
-            self._pool.close()
-            self._pool = None
+        # A call to the storage that was left behind may be reading its slot still.
+        if self._pool is not None and (
+            self._pool.slot_bytes < slot_bytes or self._pool.count < count or self._store.busy
+        ):
+            self._close_pool()
         if self._pool is None:
             self._pool = Pool(slot_bytes, count)
         self._pool.reset()
         return self._pool
+
+    def _close_pool(self) -> None:
+        """Gives the pool's memory back, and that of earlier ones that were still in use."""
+        self._in_use = [pool for pool in (*self._in_use, self._pool) if pool is not None and not pool.close()]
+        self._pool = None
 
     def _log_commit(self, pending: Pending) -> None:
         if self._group.rank == 0:
@@ -456,9 +468,7 @@ class Checkpointer:
         if self._cleaner is not None:
             self._cleaner.join(timeout)
         self._release()
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        self._close_pool()
         self._raise_earlier()
 
     def __enter__(self) -> Checkpointer:

@@ -111,7 +111,8 @@ class LimitExceeded(FormatError):
 
 
 class StorageError(FastckptError):
-    """The store failed. ``transient`` says whether trying again may help."""
+    """The store failed. ``transient``: it says nothing about what is stored, and trying again may help, at once or once
+    the cause is removed."""
 
     def __init__(self, message: str, *, transient: bool = False) -> None:
         super().__init__(message)

@@ -26,6 +26,10 @@ Reply: TypeAlias = bytes | BaseException
 Decide: TypeAlias = Callable[[dict[int, Reply]], bytes]
 
 
+ANSWER_SECONDS = 3.0
+"""How much longer than for the others' replies a rank waits for the coordinator's answer, at most."""
+
+
 @dataclass(frozen=True)
 class Deadline:
     """Until when an exchange waits, on ``time.monotonic()``."""
@@ -87,6 +91,8 @@ class KeyValueGroup:
         there. Waits for all of them, up to ``seconds_max``; ``CommitTimeout`` names those that did not come."""
         self._kv = kv
         self._prefix = prefix
+        self._unread: dict[int, list[str]] = {}
+        """For each member of an exchange that was late, what may be left of it: it may have stopped waiting."""
         self.rank = rank
         self.size = size
         everyone = range(size)
@@ -123,6 +129,8 @@ class KeyValueGroup:
                 replies[member] = CommitTimeout(f"rank {member} was not heard of while waiting for {what}", [member])
             else:
                 replies[member] = decode_reply(data)
+                if member in self._unread:  # it has gone on to this exchange, and reads of earlier ones no more
+                    self._kv.delete(self._unread.pop(member))
         outcome: Reply
         try:
             outcome = decide(replies)
@@ -130,6 +138,8 @@ class KeyValueGroup:
             outcome = error
         data = encode_reply(outcome)
         for member in members[1:]:
+            if time.monotonic() >= until.replies:
+                self._unread.setdefault(member, []).extend([f"{base}/reply/{member}", f"{base}/answer/{member}"])
             self._kv.set(f"{base}/answer/{member}", data)
         return _raise_or_return(outcome)
 
@@ -242,12 +252,12 @@ class Assembly:
                 line,
                 at_coordinator,
                 members=self.leaders,
-                until=Deadline(end + 1.0, end + 2.5),
+                until=Deadline(end + 0.75, end + 2.0),
                 what=what,
             )
 
         # Each level waits a little longer than the one below, whose error, naming the missing ranks, it is to see.
-        until = Deadline(end, end + 4.0)
+        until = Deadline(end, end + ANSWER_SECONDS)
         return self.group.exchange(f"{name}/node", reply, up, members=self.node_ranks, until=until, what=what)
 
 

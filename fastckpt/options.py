@@ -30,7 +30,8 @@ class Options:
     copy: tuple[str, ...] = ()
     """Globs of keys to copy before ``save`` returns: tensors that something other than ``Optimizer.step`` changes."""
     commit_seconds_max: float = 600.0
-    """Longest wait for other ranks, in a save or a restore, before it fails and names those that are missing."""
+    """Longest wait for other ranks, in a save or a restore, before it fails and names those that are missing; and, less
+    a quarter, for any one answer of the storage, such as to the fsync of 1 GiB, before it is taken to be dead."""
     record_hosts: bool = False
     """Put host names into the environment record of each snapshot."""
 

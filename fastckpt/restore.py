@@ -60,9 +60,10 @@ class Restores:
             )
             return msgspec.msgpack.encode(None if found is None else found.live)
 
+        self._count += 1
         try:
             answer = self._ask("choose", problem or msgspec.msgpack.encode(step), decide)
-        except RankFailed as error:
+        except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)
         return None if live is None else Snapshot(self._store, live)
@@ -89,7 +90,7 @@ class Restores:
         return result  # type: ignore[return-value]
 
     def _ask(self, name: str, reply: Reply, decide: Callable[[dict[int, bytes]], bytes]) -> bytes:
-        self._count += 1
+        # By restore, not by exchange: ranks that gave one up at different places meet again in the next.
         return self._assembly.ask(
             f"restore-{self._count}/{name}", reply, decide, seconds=self._seconds_max, what="all ranks to restore"
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,13 +21,22 @@ from typing import Any, Protocol
 import msgspec
 
 from fastckpt.buffers import Pool, Slot, Source
-from fastckpt.errors import AnotherWriter, FastckptError, RankFailed, RepositoryNotFound, SaveError
+from fastckpt.errors import (
+    AnotherWriter,
+    CommitTimeout,
+    FastckptError,
+    OutOfSpace,
+    RankFailed,
+    RepositoryNotFound,
+    SaveError,
+    StorageError,
+)
 from fastckpt.format import document
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
-from fastckpt.group import Assembly, Group, Reply, checked
+from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, checked, combined
 from fastckpt.options import Options
 from fastckpt.plan.save_plan import (
     Agreement,
@@ -37,7 +47,8 @@ from fastckpt.plan.save_plan import (
     plan_save,
 )
 from fastckpt.repository import repository
-from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
+from fastckpt.repository.writer import ChunkWriter, Committer, Contents, PackStream, outcome, write_part
+from fastckpt.storage.deadline import Callers, NoAnswer
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
 
@@ -45,6 +56,8 @@ log = logging.getLogger("fastckpt")
 
 STREAMS = 2
 """Threads a rank that hash and write, each into packs of its own."""
+OUTCOME_SECONDS_MIN = 2.0
+"""For reading the history after a failure, even if the time for the save is over."""
 
 
 class Offered(Protocol):
@@ -241,7 +254,7 @@ class Saves:
         steps = {hello.step for hello in hellos.values()}
         if len(steps) > 1:
             by_rank = ", ".join(f"rank {rank}: {hello.step}" for rank, hello in sorted(hellos.items())[:8])
-            raise ValueError(f"ranks save different steps at the same time: {by_rank}")
+            raise ValueError(f"ranks save different steps at the same time: {by_rank}; every rank saves the same step")
         unchanged = self._agreed is not None and {h.layout for h in hellos.values()} == {self._agreed.digest}
         unchanged = unchanged and self._offers == {rank: hello.offered for rank, hello in hellos.items()}
         for number in range(len(self._agreed.comparisons) if self._agreed else 0):
@@ -278,7 +291,7 @@ class Saves:
         if self._committer is not None:
             deleted = self._committer.clean()
             if deleted:
-                log.info("%s: removed %d objects of attempts that were never committed", self._store.url, deleted)
+                log.info("%s: removed %d things that earlier jobs left unfinished", self._store.url, deleted)
 
     def write(
         self, attempt: Attempt, offered: Offered, pool: Pool, trace: Trace, on_staged: Callable[[], None]
@@ -297,15 +310,16 @@ class Saves:
         }
         staged: queue.SimpleQueue[tuple[int, Slot, int] | None] = queue.SimpleQueue()
         failures: list[BaseException] = []
-        threads = [
-            threading.Thread(
-                target=_write_stream, args=(writer, staged, pool, failures), name=f"fastckpt-write-{n}", daemon=True
-            )
-            for n in range(min(STREAMS, len(agreed.mine)))
-        ]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
+            for number in range(min(STREAMS, len(agreed.mine))):
+                stream = writer.stream()
+                thread = threading.Thread(
+                    target=_write_stream, args=(stream, staged, pool, failures), name=f"fastckpt-write-{number}"
+                )
+                thread.daemon = True
+                thread.start()
+                threads.append(thread)
             for row, (_, pieces) in enumerate(agreed.mine):
                 size = agreed.chunks.raw_bytes(pieces)
                 slot = pool.take()
@@ -364,6 +378,9 @@ class Saves:
                 reply = msgspec.msgpack.encode(self._written(attempt, written, values))
         except Exception as error:
             reply = written = error
+        if isinstance(written, BaseException):
+            reply = written = _typed(written, attempt.step)
+        end = time.monotonic() + self._options.commit_seconds_max + ANSWER_SECONDS
         try:
             with trace.span("commit"):
                 answer = self._assembly.ask_in_two(
@@ -376,14 +393,15 @@ class Saves:
                 )
             return msgspec.msgpack.decode(answer, type=Live)
         except Exception as error:
-            live = self._learn_outcome(attempt, error)
+            live = self._learn_outcome(attempt, error, end, isinstance(written, BaseException))
             if live is not None:
                 return live
             # On the rank that failed its own error is the cause; alone, it is the error.
-            if isinstance(written, BaseException) and isinstance(error, RankFailed):
+            if isinstance(written, BaseException) and isinstance(error, RankFailed | CommitTimeout):
                 if len(self._nodes) == 1:
-                    raise written from None
-                raise error from written
+                    raise written from written.__cause__
+                # Others may have stopped waiting for this rank before it could say what is wrong.
+                raise (error if isinstance(error, RankFailed) else combined({self._rank: written})) from written
             raise
 
     def _written(self, attempt: Attempt, written: ChunkWriter, values: Mapping[str, bytes]) -> _Written:
@@ -449,12 +467,26 @@ class Saves:
             raise
         return msgspec.msgpack.encode(live)
 
-    def _learn_outcome(self, attempt: Attempt, error: BaseException) -> Live | None:
+    def _learn_outcome(self, attempt: Attempt, error: Exception, end: float, failed_here: bool) -> Live | None:
         """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them; to a
-        job that was fenced that is the reason, whatever it stumbled over first."""
+        job that was fenced that is the reason, whatever it stumbled over first. Where the history does not tell, the
+        error says so."""
         try:
-            result = outcome(self._store, attempt.id, repository.Repository(self._store).format_digest)
-        except FastckptError:
+            reading = Callers("fastckpt-outcome").start(
+                lambda: outcome(self._store, attempt.id, repository.Repository(self._store).format_digest)
+            )
+            result = reading.result(max(OUTCOME_SECONDS_MIN, end - time.monotonic()))
+        except (FastckptError, NoAnswer, RuntimeError, MemoryError):  # not even a thread may be had
+            result = None
+        if result is None or not (result.committed or result.aborted or result.fenced):
+            # What a rank has not written, or found no room for, cannot be committed.
+            unknown = isinstance(error, CommitTimeout | StorageError) and not isinstance(error, OutOfSpace)
+            if unknown and not failed_here:
+                read = "holds no decision on it so far" if result else "could not be read"
+                error.args = (
+                    f"{error}. Whether step {attempt.step} is or will be committed is not known: the history {read}. "
+                    "Once the storage answers, `fastckpt ls` shows it if it is, and the next save works either way",
+                )
             return None
         if result.fenced and result.committed is None and not isinstance(error, AnotherWriter):
             raise AnotherWriter(
@@ -464,6 +496,15 @@ class Saves:
         if result.aborted and self._writer is not None and self._writer.attempt == attempt.id:
             self._writer.delete()
         return result.committed
+
+
+def _typed(error: BaseException, step: int) -> BaseException:
+    """What this rank raises for an error of its own: the kind of error that the others hear of."""
+    if isinstance(error, FastckptError | ValueError | TypeError):
+        return error
+    typed = SaveError(f"step {step}: {type(error).__name__}: {error}")
+    typed.__cause__ = error
+    return typed
 
 
 def _full(offered: Offered) -> bytes:
@@ -496,13 +537,12 @@ def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Sourc
 
 
 def _write_stream(
-    writer: ChunkWriter,
+    stream: PackStream,
     staged: queue.SimpleQueue[tuple[int, Slot, int] | None],
     pool: Pool,
     failures: list[BaseException],
 ) -> None:
     """Hashes and writes what is staged until told to stop. After a failure, only gives the slots back."""
-    stream = writer.stream()
     while (item := staged.get()) is not None:
         row, slot, size = item
         try:

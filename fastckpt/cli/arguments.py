@@ -8,6 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from fastckpt.repository.repository import Repository
+    from fastckpt.storage.store import Store
 
 
 repository_argument = click.argument("repo", metavar="REPO", envvar="FASTCKPT_REPOSITORY")
@@ -27,11 +28,18 @@ step_option = click.option(
 )
 
 
-def open_repository(url: str) -> Repository:
-    """The repository at a URL; a URL that no store serves is a usage error."""
-    from fastckpt.repository import repository
+def open_store(url: str) -> Store:
+    """The store at a URL; a URL that no store serves is a usage error."""
+    from fastckpt.storage import open as stores
 
     try:
-        return repository.open(url)
+        return stores.open_store(url)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="REPO") from None
+
+
+def open_repository(url: str) -> Repository:
+    """The repository at a URL."""
+    from fastckpt.repository.repository import Repository
+
+    return Repository(open_store(url))

@@ -24,6 +24,7 @@ COMMANDS = {
     "show": "fastckpt.cli.show",
     "restore": "fastckpt.cli.restore",
     "verify": "fastckpt.cli.verify",
+    "doctor": "fastckpt.cli.doctor",
     "import": "fastckpt.cli.import_",
     "completion": "fastckpt.cli.completion",
 }
@@ -79,7 +80,8 @@ class Commands(Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastckpt-torch", message="fastckpt %(version)s")
 def commands() -> None:
-    """Snapshots of training jobs: list, show, verify, restore and import them.
+    """Snapshots of training jobs: list, show, verify, restore and import them; and ask what a
+    directory and this machine are good for.
 
     REPO is a URL or a path. Where it is left out, FASTCKPT_REPOSITORY is used.
 
@@ -141,6 +143,8 @@ def _message(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, errors.SnapshotDamaged) and "fastckpt verify" not in str(error):
+        return f"{error}. Restore an earlier step (--step), or run `fastckpt verify --all` to see what is whole"
     if isinstance(error, errors.FastckptError):
         return str(error)
     return f"internal error: {type(error).__name__}: {error} (-vv shows where; please report it)"

@@ -50,7 +50,9 @@ def command(
     snapshot = repository.snapshot(step)
     plan = plan_file(snapshot, only, strip)
     if only and not plan.tensors:
-        raise click.BadParameter(f"no key of step {snapshot.step} matches", param_hint="--only")
+        raise click.BadParameter(
+            f"no key of step {snapshot.step} matches; `fastckpt show` lists them", param_hint="--only"
+        )
     if not dry_run:
         with terminal.progress(f"restoring step {snapshot.step}") as advance:
             write_file(plan, snapshot, path, force=force, on_progress=advance)

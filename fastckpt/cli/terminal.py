@@ -18,6 +18,8 @@ import click
 STATUS_SECONDS = 1.0
 """A JSON status line comes at most this often."""
 
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
 Advance = Callable[[int, int], None]
 """Told bytes done and bytes in all, from any thread."""
 
@@ -31,6 +33,10 @@ class Terminal:
 
     def line(self, text: str = "") -> None:
         click.echo(printable(text))
+
+    def verdict(self, state: str, text: str) -> None:
+        """A line that begins with its verdict, in colour on a terminal."""
+        click.echo(click.style(f"{state:<4}", fg=_COLOURS[state]) + f"  {printable(text)}")
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result."""

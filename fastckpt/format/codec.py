@@ -32,9 +32,11 @@ def decode_zstd(data: bytes | memoryview, raw_bytes: int, what: str) -> bytes:
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
     try:
-        declared = zstandard.get_frame_parameters(data).content_size
-        if declared != raw_bytes or raw_bytes == 0:  # also refuses frames that do not state their size
-            raise FormatError(f"{what}: a zstd frame of {declared} bytes where {raw_bytes} are due")
+        frame = zstandard.get_frame_parameters(data)
+        if frame.content_size != raw_bytes or raw_bytes == 0:  # also refuses frames that do not state their size
+            raise FormatError(f"{what}: a zstd frame of {frame.content_size} bytes where {raw_bytes} are due")
+        if frame.window_size > ZSTD_WINDOW_BYTES_MAX:  # the decoder itself does not look where it needs no window
+            raise FormatError(f"{what}: a zstd frame that needs a window of {frame.window_size} bytes")
         return bytes(_local.decompressor.decompress(data, allow_extra_data=False))
     except zstandard.ZstdError as error:
         raise FormatError(f"{what}: not one whole zstd frame ({error})") from error

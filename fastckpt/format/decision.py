@@ -100,24 +100,31 @@ def decode_decision(data: bytes, number: int) -> Decision:
     """Decision ``number``, checked as far as it can be alone."""
     name = names.decision(number)
     entry: Decision = document.unseal(data, Decision, name)
+    try:
+        _check_alone(entry, number)
+    except FormatError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return entry
+
+
+def _check_alone(entry: Decision, number: int) -> None:
     if entry.number != number:
-        raise FormatError(f"{name}: holds decision {entry.number}")
+        raise FormatError(f"holds decision {entry.number}")
     if (entry.live is not None) != (entry.live_at == number) or entry.live_at > number:
-        raise FormatError(f"{name}: live_at {entry.live_at} does not fit")
+        raise FormatError(f"live_at {entry.live_at} does not fit")
     if not document.is_digest(entry.previous) and not (number == 1 and entry.previous == ""):
-        raise FormatError(f"{name}: no digest of what comes before it")
+        raise FormatError("no digest of what comes before it")
     if names.writer_open_number(entry.writer) > number:
-        raise FormatError(f"{name}: by a writer that opens later")
+        raise FormatError("by a writer that opens later")
     if isinstance(entry, Open) and names.writer_open_number(entry.writer) != number:
-        raise FormatError(f"{name}: an OPEN under another number")
+        raise FormatError("an OPEN under another number")
     if isinstance(entry, Abort):
         names.attempt_writer(entry.attempt)
     for snapshot in [*(entry.live or ()), *([entry.snapshot] if isinstance(entry, Commit) else [])]:
         names.attempt_writer(snapshot.attempt)
         if snapshot.decision > number or not document.is_digest(snapshot.index):
-            raise FormatError(f"{name}: names a snapshot that cannot be")
+            raise FormatError("names a snapshot that cannot be")
         check_labels(snapshot.step, snapshot.metrics, snapshot.note)
-    return entry
 
 
 def check_labels(step: int, metrics: dict[str, float], note: str) -> None:

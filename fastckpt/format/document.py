@@ -65,6 +65,8 @@ def unseal_version(data: bytes, version_max: int, features: frozenset[str], what
         raise UnsupportedVersion(
             f"{what}: format version {version}, this fastckpt reads up to {version_max}; install a newer fastckpt"
         )
+    if any(isinstance(name, list | dict) for name in wanted):  # too deep a one could not even be shown
+        raise FormatError(f"{what}: a feature without a name")
     if unknown := sorted(str(name) for name in wanted if not isinstance(name, str) or name not in features):
         raise UnsupportedVersion(f"{what}: needs features unknown to this fastckpt: {', '.join(unknown)}")
 
@@ -98,13 +100,22 @@ def pack_table(table: Any) -> bytes:
 
 
 def unpack_table(data: bytes, kind: type[T], what: str) -> T:
-    """The table in ``data``, decoded as ``kind``; its digest has been checked. ``FormatError`` naming ``what``."""
+    """The table in ``data``, decoded as ``kind``; its digest has been checked. ``FormatError`` naming ``what`` for
+    anything that ``pack_table`` would not have written."""
     if len(data) < 16 or data[:8] != TABLE_MAGIC:
         raise FormatError(f"{what}: not a fastckpt table")
     raw_bytes = int.from_bytes(data[8:16], "little")
     if raw_bytes > TABLE_BYTES_MAX:
         raise LimitExceeded(f"{what}: declares {raw_bytes} bytes, at most {TABLE_BYTES_MAX} are allowed")
+    return unpack(codec.decode_zstd(memoryview(data)[16:], raw_bytes, what), kind, what)
+
+
+def unpack(raw: bytes, kind: type[T], what: str) -> T:
+    """The struct that ``raw`` is the msgpack of: fields in order, each once, everything in its shortest form."""
     try:
-        return msgspec.msgpack.decode(codec.decode_zstd(memoryview(data)[16:], raw_bytes, what), type=kind)
+        table = msgspec.msgpack.decode(raw, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"{what}: {error}") from error
+    if msgspec.msgpack.encode(table) != raw:
+        raise FormatError(f"{what}: not in canonical form (repeated or reordered fields, or not the shortest)")
+    return table

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from fastckpt.errors import FormatError, LimitExceeded
-from fastckpt.format import codec, names
+from fastckpt.format import codec, document, names
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -65,10 +65,7 @@ def decode_footer(body: bytes, trailer: bytes, data_bytes: int, what: str) -> Fo
     raw_bytes = int.from_bytes(body[:4], "little")
     if raw_bytes > FOOTER_BYTES_MAX:
         raise LimitExceeded(f"{what}: declares a footer of {raw_bytes} bytes")
-    try:
-        footer = msgspec.msgpack.decode(codec.decode_zstd(body[4:], raw_bytes, what), type=Footer)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise FormatError(f"{what}: {error}") from error
+    footer = document.unpack(codec.decode_zstd(body[4:], raw_bytes, what), Footer, what)
     count = len(footer.codecs)
     if len(footer.lengths) != 4 * count or len(footer.hashes) != HASH_BYTES * count:
         raise FormatError(f"{what}: columns of the footer have different lengths")

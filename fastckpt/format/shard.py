@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,41 @@ def _boxes(shape: Shape, start: int, stop: int) -> Iterable[Box]:
 
 def _in_row(row: int, boxes: Iterable[Box]) -> Iterable[Box]:
     return (Box((row, *box.offsets), (1, *box.sizes)) for box in boxes)
+
+
+def covers_exactly(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
+    """Whether every element of ``shape`` is in exactly one of ``boxes``, all of which are inside it.
+
+    Linear in the number of boxes, which no search for overlaps is for boxes made to be hard. The element at i, j, ...
+    is worth ``x**i * y**j * ...`` modulo a prime, for x, y, ... drawn now. A box's worth, times ``(1 - x)(1 - y)...``,
+    is a product of a difference a dimension. Another covering is another polynomial than the whole's, of a degree below
+    2**63: it is mistaken for the whole with a probability below 2**-64, whoever made the boxes.
+    """
+    if len(boxes) == 1:
+        return boxes[0].sizes == tuple(shape)
+    powers = [_Powers(secrets.randbelow(_PRIME - 2) + 2) for _ in shape]
+    worth = 0
+    for box in boxes:
+        product = 1
+        for power, offset, size in zip(powers, box.offsets, box.sizes, strict=True):
+            product = product * (power[offset] - power[offset + size]) % _PRIME
+        worth += product
+    whole = math.prod(1 - power[size] for power, size in zip(powers, shape, strict=True))
+    return (worth - whole) % _PRIME == 0
+
+
+_PRIME = 2**127 - 1
+
+
+class _Powers(dict[int, int]):
+    """Exponent to power modulo the prime: neighbouring boxes share their bounds."""
+
+    def __init__(self, base: int) -> None:
+        self._base = base
+
+    def __missing__(self, exponent: int) -> int:
+        power = self[exponent] = pow(self._base, exponent, _PRIME)
+        return power
 
 
 def find_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:

@@ -28,12 +28,14 @@ from fastckpt.format.chunk import (
     chunk_cuts,
     is_tiny,
 )
-from fastckpt.format.dtype import item_bytes
-from fastckpt.format.shard import Box, check_inside, check_shape, find_overlap
+from fastckpt.format.dtype import ITEM_BYTES, item_bytes
+from fastckpt.format.shard import Box, check_inside, check_shape, covers_exactly
 
 KEY_BYTES_MAX = 4096
 VALUE_BYTES_MAX = 64 * 1024 * 1024
 """Bytes of one encoded plain value."""
+ENVIRONMENT_DEPTH_MAX = 16
+"""Maps and lists inside each other in the record of software and hardware."""
 SHARED = -1
 """The owner of a tensor that belongs to the job and not to one rank."""
 
@@ -150,6 +152,11 @@ class Chunks:
         run = bisect.bisect_right(self._run_first, chunk) - 1
         return self.layout.writers[run][0], self._run_row[run] + chunk - self._run_first[run]
 
+    def writers_of(self, chunks: range) -> set[int]:
+        """The ranks that wrote any of these chunks."""
+        first, last = (bisect.bisect_right(self._run_first, chunk) - 1 for chunk in (chunks.start, chunks.stop - 1))
+        return {rank for rank, _ in self.layout.writers[first : last + 1]}
+
     def of_rank(self, rank: int) -> Iterator[tuple[int, list[Piece]]]:
         """The chunks a rank writes, as (chunk number, pieces), ascending: the order of the rows of its table."""
         for run, (writer, count) in enumerate(self.layout.writers):
@@ -185,6 +192,8 @@ def check_layout(layout: Layout, name: str) -> None:
             raise LimitExceeded(f"{name}: a key of {len(key.encode())} bytes")
         if owner >= len(layout.rank_nodes):
             raise FormatError(f"{name}: {key} belongs to rank {owner}, of {len(layout.rank_nodes)}")
+        if dtype not in ITEM_BYTES:
+            raise FormatError(f"{name}: {key} has the unknown dtype {dtype!r}")
         check_shape(shape, f"{name}: {key}")
         if math.prod(size for size in shape if size) * item_bytes(dtype) > 2**62:
             raise LimitExceeded(f"{name}: {key} has more than 2**62 bytes")
@@ -223,8 +232,7 @@ def _check_cover(layout: Layout, name: str) -> None:
         check_inside(box, layout.shapes[key], f"{name}: {layout.keys[key]}")
         boxes[key].append(box)
     for key, parts in enumerate(boxes):
-        whole = 0 if key in aliases else math.prod(layout.shapes[key])
-        if sum(box.elements for box in parts) != whole or find_overlap(parts):
+        if parts if key in aliases else not covers_exactly(parts, layout.shapes[key]):
             raise FormatError(f"{name}: the shards of {layout.keys[key]} do not cover it exactly once")
 
 
@@ -351,7 +359,10 @@ def _check_table(table: RankTable, count: int, chunk_bytes: int, name: str) -> N
     if any(len(value) != HASH_BYTES for value in table.values.values()):
         raise FormatError(f"{name}: a value's digest is not {HASH_BYTES} bytes")
     for info in table.packs:
-        names.pack_attempt(info.name)
+        try:
+            names.pack_attempt(info.name)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
     if len(table.packs) > max(1, count):
         raise LimitExceeded(f"{name}: more packs than chunks")
     rows = Rows(table)
@@ -412,4 +423,10 @@ def decode_index(data: bytes, digest: str, attempt: str) -> Index:
         raise FormatError(f"{name}: a digest that is none")
     if max((info.size for info in index.parts), default=0) > document.TABLE_BYTES_MAX:
         raise LimitExceeded(f"{name}: a part of more than {document.TABLE_BYTES_MAX} bytes")
+    level: list[Any] = [index.environment]
+    for _ in range(ENVIRONMENT_DEPTH_MAX):
+        level = [inner for at in level for inner in (at.values() if isinstance(at, dict) else at)]
+        level = [inner for inner in level if isinstance(inner, dict | list)]
+    if level:  # what shows it would run out of stack
+        raise LimitExceeded(f"{name}: an environment more than {ENVIRONMENT_DEPTH_MAX} deep")
     return index

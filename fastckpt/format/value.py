@@ -40,7 +40,8 @@ left-over token; left-over data; an unknown tag, dtype or device; equal keys or 
 true are equal, NaN is equal to nothing); members whose encodings fall; an array header that claims more tokens than
 there are bytes; a rank
 above 64 (32 for numpy's); sizes whose product, zeros counted as ones, times the item bytes is above 2^63 - 1.
-Limits: 10,000,000 tokens; 32 containers inside each other.
+Limits: 10,000,000 tokens; 32 containers inside each other; 100 keys, or members, of one container with the same hash
+(as Python hashes numbers).
 
 Example: `{"epoch": 3, "seen": {7}, "lr": float32(0.5)}` has the tokens
 `"dict" 3 "str" "epoch" 3 "str" "seen" "set" 1 7 "str" "lr" "scalar" "float32"` and four bytes of data:
@@ -70,6 +71,7 @@ from fastckpt.format.dtype import ITEM_BYTES
 
 TOKENS_MAX: Final = 10_000_000
 DEPTH_MAX: Final = 32
+SAME_HASH_MAX: Final = 100
 RANK_MAX: Final = 64
 BYTES_MAX: Final = 2**63 - 1
 
@@ -209,6 +211,8 @@ class _Writer:
         if kind is deque:
             self.tokens.append(value.maxlen)
         self.tokens.append(len(value))
+        if not isinstance(value, list | tuple | deque) and _is_crowded(Counter(), *value):
+            raise ValueError(f"{show_path(self.path)}: more than {SAME_HASH_MAX} keys or members with the same hash")
         if kind in (set, frozenset):
             self.members(value, depth)
         elif kind in (list, tuple, deque):
@@ -416,8 +420,9 @@ class _Reader:
     def mapping(self, tag: str, depth: int) -> object:
         count = self.count()
         mapping: dict[object, object] = {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}[tag]()
+        hashes: Counter[int] = Counter()
         for _ in range(count):
-            key = self.value(depth, hashable=True)
+            key = self.unlike(hashes, self.value(depth, hashable=True))
             mapping[key] = self.value(depth)
         if len(mapping) != count:
             raise FormatError(f"plain value: equal keys in a {tag}")
@@ -426,10 +431,11 @@ class _Reader:
     def members(self, depth: int) -> set[object]:
         count = self.count()
         members: set[object] = set()
+        hashes: Counter[int] = Counter()
         before = b""
         for _ in range(count):
             token_start, data_start = self.token_position, self.data_position
-            members.add(self.value(depth, hashable=True))
+            members.add(self.unlike(hashes, self.value(depth, hashable=True)))
             encoded = _assemble(
                 self.tokens[token_start : self.token_position], [self.data[data_start : self.data_position]]
             )
@@ -439,6 +445,11 @@ class _Reader:
         if len(members) != count:
             raise FormatError("plain value: equal members in a set")
         return members
+
+    def unlike(self, hashes: Counter[int], key: object) -> object:
+        if _is_crowded(hashes, key):
+            raise LimitExceeded(f"plain value: more than {SAME_HASH_MAX} keys or members with the same hash")
+        return key
 
     def token(self) -> Token:
         if self.token_position == len(self.tokens):
@@ -542,6 +553,17 @@ def _assemble(tokens: list[Token], data: Iterable[bytes | memoryview]) -> bytes:
         raise ValueError(f"a plain value holds at most {TOKENS_MAX} items")
     packed = msgspec.msgpack.encode(tokens)
     return b"".join((len(packed).to_bytes(_LENGTH_BYTES, "little"), packed, *data))
+
+
+def _is_crowded(hashes: Counter[int], *keys: object) -> bool:
+    """Counts the hashes of keys. Numbers that all have the same one are easily found, and as keys take time that grows
+    with the square of how many they are."""
+    for key in keys:
+        number = hash(key)
+        hashes[number] += 1
+        if hashes[number] > SAME_HASH_MAX:
+            return True
+    return False
 
 
 def _integer_bytes(value: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import queue
 import secrets
 import threading
 import time
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from fastckpt.errors import CommitTimeout
 from fastckpt.group import Group, KeyValue, KeyValueGroup, SoloGroup, decode_reply, encode_reply, missing_ranks_error
+from fastckpt.storage.deadline import Callers, NoAnswer
 
 T = TypeVar("T")
 
@@ -46,10 +46,13 @@ def job_group(seconds_max: float, number: int) -> Group:
         return SoloGroup()
     if dist.get_world_size() == 1:
         return SoloGroup()
-    kv = StoreKeyValue(dist.distributed_c10d._get_default_store())
+    kv = StoreKeyValue(dist.distributed_c10d._get_default_store(), seconds_max)
     rank, size = dist.get_rank(), dist.get_world_size()
+    end = time.monotonic() + seconds_max
     incarnation = agree_on_incarnation(kv, rank, size, f"fastckpt/{number}", seconds_max)
-    return KeyValueGroup(kv, rank, size, f"fastckpt/{incarnation}", _node(), seconds_max)
+    # All are there now: only one that dies at this very moment is still waited for.
+    seconds_left = max(_ANSWER_SECONDS, end - time.monotonic())
+    return KeyValueGroup(kv, rank, size, f"fastckpt/{incarnation}", _node(), seconds_left)
 
 
 def _node() -> str:
@@ -61,17 +64,19 @@ def _node() -> str:
 class StoreKeyValue:
     """A torch ``Store`` whose calls come back in time, whatever the server does.
 
-    One client serialises its calls (a waiting thread blocks another's ``set``), so each thread that waits gets a clone;
-    and a call may outlast the timeout it was given, so each runs on a thread that can be left behind.
+    One client serialises its calls (a waiting thread blocks another's ``set``), so each thread that calls has a clone;
+    and connecting, or a call, may outlast the timeout it was given, so each runs on a thread that can be left behind.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, seconds_max: float = 60.0) -> None:
+        """``seconds_max``: the longest that ``set`` and ``delete`` may take."""
         self._store = store
-        self._lock = threading.Lock()
-        self._idle: list[_Client] = []
+        self._seconds_max = seconds_max
+        self._callers = Callers("fastckpt-key-value")
+        self._clones = threading.local()
 
     def set(self, key: str, value: bytes) -> None:
-        self._call(lambda store: store.set(key, value), 60.0)
+        self._call(lambda store: store.set(key, value), self._seconds_max)
 
     def get(self, key: str, seconds: float) -> bytes | None:
         end = time.monotonic() + seconds
@@ -93,57 +98,23 @@ class StoreKeyValue:
             for key in keys:
                 store.delete_key(key)
 
-        self._call(delete, 60.0)
+        self._call(delete, self._seconds_max)
 
     def _call(self, call: Callable[[Any], T], seconds: float) -> T:
-        with self._lock:
-            client = self._idle.pop() if self._idle else _Client(self._store)
+        def run() -> T:
+            if not hasattr(self._clones, "store"):
+                self._clones.store = self._store.clone()
+            return call(self._clones.store)
+
         try:
-            result = client.call(call, seconds)
+            return self._callers.start(run).result(seconds)
         except Exception as error:
-            if not isinstance(error, TimeoutError):
-                with self._lock:
-                    self._idle.append(client)
+            late = f"it did not answer for {seconds:.0f} s"
             raise CommitTimeout(
-                f"the job's key-value store failed ({type(error).__name__}: {error}); the process that serves it, "
-                "rank 0 or the launcher, may be gone"
+                "the job's key-value store failed "
+                f"({late if isinstance(error, NoAnswer) else f'{type(error).__name__}: {error}'}); the process that "
+                "serves it, rank 0 or the launcher, may be gone"
             ) from error
-        with self._lock:  # not reached by a client that did not come back: it is left to its fate
-            self._idle.append(client)
-        return result
-
-
-class _Client:
-    """A clone of the store and the thread that makes and calls it: connecting can hang as well as any call."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue[tuple[bool, Any]]]] = (
-            queue.SimpleQueue()
-        )
-        threading.Thread(target=self._run, name="fastckpt-store", daemon=True).start()
-
-    def _run(self) -> None:
-        clone = None
-        while True:
-            call, results = self._calls.get()
-            try:
-                if clone is None:
-                    clone = self._store.clone()
-                results.put((True, call(clone)))
-            except BaseException as error:
-                results.put((False, error))
-
-    def call(self, call: Callable[[Any], T], seconds: float) -> T:
-        results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-        self._calls.put((call, results))
-        try:
-            succeeded, result = results.get(timeout=seconds)
-        except queue.Empty:
-            raise TimeoutError(f"the job's key-value store did not answer for {seconds:.0f} s") from None
-        if not succeeded:
-            raise result
-        return result  # type: ignore[no-any-return]
 
 
 def agree_on_incarnation(kv: KeyValue, rank: int, size: int, prefix: str, seconds_max: float) -> str:

@@ -24,6 +24,7 @@ from fastckpt.format.shard import Box
 from fastckpt.plan.restore_plan import Want
 from fastckpt.repository.reader import Snapshot
 
+FILE_BYTES_MAX = 2**62
 HEADER_BYTES_MAX = 100_000_000
 """What the safetensors library accepts."""
 
@@ -106,6 +107,8 @@ def plan_file(snapshot: Snapshot, only: Sequence[str] = (), strip: str = "") -> 
     chosen.sort(key=lambda entry: (-item_bytes(layout.dtypes[entry[0]]), entry[1]))
     sizes = [math.prod(layout.shapes[number]) * item_bytes(layout.dtypes[number]) for number, _ in chosen]
     starts = list(itertools.accumulate(sizes, initial=0))
+    if starts[-1] > FILE_BYTES_MAX:
+        raise LimitExceeded(f"a file of {starts[-1]} bytes; export fewer keys at a time (--only)")
     head = _head(snapshot, chosen, starts)
     tensors = tuple(
         FileTensor(number, name, layout.dtypes[number], tuple(layout.shapes[number]), len(head) + start, size)
@@ -127,7 +130,7 @@ def _head(snapshot: Snapshot, chosen: Sequence[tuple[int, str]], starts: Sequenc
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_BYTES_MAX:
-        raise LimitExceeded(f"a safetensors header of {len(text)} bytes; export fewer keys at a time")
+        raise LimitExceeded(f"a safetensors header of {len(text)} bytes; export fewer keys at a time (--only)")
     return len(text).to_bytes(8, "little") + text
 
 
@@ -157,6 +160,10 @@ def write_file(
         finally:
             os.close(file)
         _move(temporary, path, force)
+    except OSError as error:  # calls by descriptor do not name the file
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        room = f"; the whole file takes {plan.file_bytes} bytes" if full else ""
+        raise type(error)(error.errno, f"{error.strerror}{room}", path) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

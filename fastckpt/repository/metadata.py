@@ -13,6 +13,7 @@ def read_metadata(store: Store, name: str, size_max: int) -> bytes:
     except ObjectNotFound:
         raise
     except StorageError as error:
-        if error.transient or store.size(name) <= size_max:
+        if error.transient or (size := store.size(name)) <= size_max:
             raise
-        raise SnapshotDamaged(f"{store.url}: {name} is larger than {size_max} bytes", object=name) from error
+        message = f"{store.url}: {name} has {size} bytes, more than the {size_max} it may have"
+        raise SnapshotDamaged(message, object=name) from error

@@ -5,6 +5,7 @@ for each pack, in order of offset:  read neighbouring chunks at once -> hash -> 
 
 from __future__ import annotations
 
+import bisect
 import builtins
 import concurrent.futures
 import fnmatch
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from fastckpt.buffers import Sink
 from fastckpt.errors import (
     FormatError,
+    LimitExceeded,
     ObjectNotFound,
     SnapshotDamaged,
     SnapshotNotFound,
@@ -121,7 +123,7 @@ class Snapshot:
                 data = self._metadata(name, document.DOCUMENT_BYTES_MAX + 66)
                 index = self._undamaged(name, lambda: decode_index(data, self._live.index, self.attempt))
                 if (index.step, index.bytes) != (self.step, self.bytes):
-                    raise SnapshotDamaged(f"{name}: is not of the step its COMMIT names", object=name)
+                    raise self._damaged(name, "is not of the step and size its COMMIT names")
                 self._index = index
             return self._index
 
@@ -138,7 +140,7 @@ class Snapshot:
                 data = self._metadata(name, document.TABLE_BYTES_MAX)
                 layout = self._undamaged(name, lambda: decode_layout(data, digest))
                 if max(layout.rank_nodes, default=-1) + 1 != len(self.index.parts):
-                    raise SnapshotDamaged(f"{name}: has not as many nodes as the index has parts", object=name)
+                    raise self._damaged(name, "has not as many nodes as the index has parts")
                 self._chunks = Chunks(layout)
             return self._chunks
 
@@ -163,7 +165,8 @@ class Snapshot:
 
     def table(self, rank: int) -> RankTable:
         node = self.layout.rank_nodes[rank]
-        return next(table for table in self.part(node).tables if table.rank == rank)
+        tables = self.part(node).tables
+        return tables[bisect.bisect_left(tables, rank, key=lambda table: table.rank)]
 
     def place(self, chunk: int) -> ChunkPlace:
         """Where a chunk lies."""
@@ -180,11 +183,9 @@ class Snapshot:
                 try:
                     size = self._store.size(info.name)
                 except ObjectNotFound as error:
-                    raise SnapshotDamaged(f"{info.name}: missing", object=info.name) from error
+                    raise self._damaged(info.name, "is missing") from error
                 if size != info.size:
-                    raise SnapshotDamaged(
-                        f"{info.name}: has {size} bytes where {info.size} were written", object=info.name, offset=size
-                    )
+                    raise self._damaged(info.name, f"has {size} bytes where {info.size} were written", offset=size)
         for rank in range(self.world_size):
             for name in self.table(rank).values:
                 self.value_blob(name, rank)
@@ -193,7 +194,10 @@ class Snapshot:
         try:
             return read_metadata(self._store, name, size_max)
         except ObjectNotFound as error:
-            raise SnapshotDamaged(f"step {self.step}: {name} is missing", object=name) from error
+            raise self._damaged(name, "is missing") from error
+
+    def _damaged(self, name: str, what: str, *, key: str | None = None, offset: int | None = None) -> SnapshotDamaged:
+        return SnapshotDamaged(f"step {self.step}: {name} {what}", key=key, object=name, offset=offset)
 
     def _undamaged(self, name: str, decode: Callable[[], Any]) -> Any:
         try:
@@ -223,9 +227,7 @@ class Snapshot:
                 if digest in self._blobs[node]:
                     return self._blobs[node][digest]
         part = names.part(self.attempt, self.layout.rank_nodes[rank])
-        raise SnapshotDamaged(
-            f"step {self.step}: {part} does not hold value {name!r} of rank {rank}", key=name, object=part
-        )
+        raise self._damaged(part, f"does not hold value {name!r} of rank {rank}", key=name)
 
     # Tensors.
 
@@ -257,8 +259,15 @@ class Snapshot:
             raise KeyError(f"no tensor {key!r} in step {self.step}; similar: {', '.join(near) or 'none'}")
         shape, dtype = self.layout.shapes[number], self.layout.dtypes[number]
         box = _box(shape, index)
-        array = np.empty((*box.sizes, item_bytes(dtype)), np.uint8)
-        self.read_into([Want(number, box, 0)] if box.elements else [], [ArraySink(box, array)])
+        wants = [Want(number, box, 0)] if box.elements else []
+        self._check_tables(wants)
+        try:
+            array = np.empty((*box.sizes, item_bytes(dtype)), np.uint8)
+        except (MemoryError, ValueError) as error:
+            raise LimitExceeded(
+                f"step {self.step}: {key} of shape {shape} does not fit into an array: {error}"
+            ) from error
+        self.read_into(wants, [ArraySink(box, array)])
         return array.reshape(-1).view(numpy_dtype(dtype)).reshape(box.sizes)
 
     def read_into(self, wants: Sequence[Want], sinks: Sequence[Sink], trace: Trace | None = None) -> None:
@@ -268,6 +277,7 @@ class Snapshot:
         others may have. Memory: ``READ_THREADS`` buffers of ``READ_BYTES_MAX`` (or one chunk, if larger).
         """
         trace = trace or Trace()
+        self._check_tables(wants)
         runs = self._runs(plan_reads(self.chunks, wants))
         with concurrent.futures.ThreadPoolExecutor(READ_THREADS, "fastckpt-read") as executor:
             futures = [executor.submit(self._read_run, run, sinks, trace) for run in runs]
@@ -277,6 +287,16 @@ class Snapshot:
             except BaseException:
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _check_tables(self, wants: Sequence[Want]) -> None:
+        """Plans take memory for each chunk; first the tables must prove that a tensor of very many has them."""
+        stored = dict(self.layout.aliases)
+        wanted = {stored.get(want.key, want.key) for want in wants}
+        for unit, shards in enumerate(self.layout.units):
+            chunks = self.chunks.unit_chunks(unit)
+            if len(chunks) > 10_000 and self.layout.shard_keys[shards[0]] in wanted:
+                for rank in self.chunks.writers_of(chunks):
+                    self.table(rank)
 
     def _runs(self, reads: Iterable[ChunkRead]) -> list[_Run]:
         placed = sorted(
@@ -389,10 +409,10 @@ def _box(shape: Sequence[int], index: tuple[slice, ...] | slice | None) -> Box:
     if not all(isinstance(piece, slice) for piece in slices):
         raise TypeError(f"index is a slice, or a tuple of slices, not {index!r}")
     if len(slices) > len(shape):
-        raise IndexError(f"{len(slices)} slices for a tensor of {len(shape)} dimensions")
+        raise IndexError(f"{len(slices)} slices for a tensor of shape {list(shape)}; give at most one a dimension")
     bounds = [piece.indices(size) for piece, size in itertools.zip_longest(slices, shape, fillvalue=slice(None))]  # type: ignore[arg-type]
     if any(step != 1 for _, _, step in bounds):
-        raise IndexError("slices with a step are not supported")
+        raise IndexError("slices with a step are not supported; read the whole range and slice the array")
     return Box(tuple(low for low, _, _ in bounds), tuple(max(0, high - low) for low, high, _ in bounds))
 
 
@@ -405,7 +425,7 @@ def find(snapshots: Sequence[Snapshot], step: int | None, url: str) -> Snapshot:
     """The snapshot of a step, or the last one. ``SnapshotNotFound`` naming what there is."""
     by_step: Mapping[int, Snapshot] = newest(snapshots)
     if not snapshots:
-        raise SnapshotNotFound(f"{url}: holds no snapshot yet")
+        raise SnapshotNotFound(f"{url}: holds no snapshot yet: no save was committed")
     if step is None:
         return snapshots[-1]
     if step not in by_step:

@@ -20,7 +20,7 @@ from fastckpt.errors import (
     UnsupportedVersion,
 )
 from fastckpt.format import document, names
-from fastckpt.format.decision import VERSION, Format, decode_format
+from fastckpt.format.decision import VERSION, Format, Open, decode_decision, decode_format
 from fastckpt.repository.history import History, now
 from fastckpt.repository.metadata import read_metadata
 from fastckpt.repository.reader import Snapshot, find, newest
@@ -30,6 +30,7 @@ from fastckpt.storage.store import Store
 log = logging.getLogger("fastckpt")
 
 _FORMAT_BYTES_MAX = 64 * 1024
+_DECISION_BYTES_MAX = document.DOCUMENT_BYTES_MAX + 66
 
 
 class Repository:
@@ -64,6 +65,17 @@ class Repository:
     def snapshot(self, step: int | None = None) -> Snapshot:
         """The snapshot of ``step``, or the latest. ``SnapshotNotFound`` naming the steps there are."""
         return find(self.snapshots(), step, self.url)
+
+    def last_open(self) -> Open | None:
+        """The decision by which the newest job opened the repository for writing; None if none has."""
+        self._read_history()
+        number = self.history.number
+        while number:  # twice at most: every decision names the OPEN of its writer
+            entry = decode_decision(self.store.read(names.decision(number), size_max=_DECISION_BYTES_MAX), number)
+            if isinstance(entry, Open):
+                return entry
+            number = names.writer_open_number(entry.writer)
+        return None
 
     def choose(
         self,
@@ -120,11 +132,19 @@ class Repository:
 
 def exists(store: Store) -> bool:
     """Whether the store holds a repository. ``FormatError`` if it holds something else."""
+    if _has_format(store):
+        return True
+    if next(iter(store.children("")), None) is None:
+        return False
+    if not _has_format(store):  # a job that makes the repository just now begins with FORMAT
+        raise _no_repository(store)
+    return True
+
+
+def _has_format(store: Store) -> bool:
     try:
         store.size(names.FORMAT)
     except ObjectNotFound:
-        if next(iter(store.children("")), None) is not None:
-            raise _no_repository(store) from None
         return False
     return True
 
@@ -145,5 +165,10 @@ def open(url: str | os.PathLike[str]) -> Repository:  # noqa: A001 - the public 
 
 def _no_repository(store: Store) -> RepositoryNotFound:
     children = [child for child, _ in zip(store.children(""), range(4), strict=False)]
-    found = f"it holds {', '.join(children)}, but no FORMAT object" if children else "there is nothing there"
+    if not children:
+        found = "there is nothing there; check the URL (the first save of a job makes a repository)"
+    elif "decisions" in children:
+        found = "its FORMAT object is missing; put it back from a copy of the repository"
+    else:
+        found = f"it holds {', '.join(children)}, but no FORMAT object; give a repository, or a new directory"
     return RepositoryNotFound(f"{store.url}: not a fastckpt repository: {found}")

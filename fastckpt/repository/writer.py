@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastckpt.errors import AnotherWriter, FormatError, ObjectExists, SaveError, StorageError
+from fastckpt.errors import AnotherWriter, FormatError, ObjectExists, OutOfSpace, SaveError, StorageError
 from fastckpt.format import codec, document, names, pack
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Live
@@ -214,6 +214,11 @@ class Committer:
         self._history = History(store, format_digest)
         self._lock = threading.RLock()
         self._counter = 0
+        # Attempts that are to be aborted and cleaned away, which storage that fails may prevent for a while.
+        self._unsettled: set[str] = set()
+        # Attempts whose COMMIT was tried.
+        self._submitted: set[str] = set()
+        self._is_short_of_room = False
         self.writer = ""
         """The id of this writer once it is open."""
 
@@ -224,8 +229,12 @@ class Committer:
             self.writer = self._history.append_open()
 
     def next_attempt(self) -> str:
-        """An attempt id that was never used."""
+        """An attempt id that was never used. What earlier attempts left on a disk that was full goes first, since the
+        next one may need the room."""
         with self._lock:
+            for earlier in sorted(self._unsettled):
+                with contextlib.suppress(StorageError):  # the one after tries again
+                    self.abort(earlier)
             self._counter += 1
             return names.attempt(self.writer, self._counter)
 
@@ -246,9 +255,13 @@ class Committer:
             )
             data = document.seal(index)
             self._store.create(names.index(contents.attempt), data)
-            return self._decide(contents, document.digest(data))
+            live = self._decide(contents, document.digest(data))
+            metadata_bytes = len(data) + len(contents.layout) + sum(info.size for info in contents.parts)
+            self._warn_if_short_of_room(contents.stored_bytes + metadata_bytes)
+            return live
 
     def _decide(self, contents: Contents, index_digest: str) -> Live:
+        self._submitted.add(contents.attempt)
         commit = self._history.append_commit(
             self.writer,
             lambda number: Live(
@@ -262,15 +275,59 @@ class Committer:
                 note=contents.note,
             ),
         )
+        self._submitted.discard(contents.attempt)
         return commit.snapshot
 
+    def _warn_if_short_of_room(self, needed_bytes: int) -> None:
+        """Says so once when another save of this size will not fit; again only after there has been room."""
+        free_bytes = self._store.free_bytes()
+        is_short = free_bytes is not None and free_bytes < needed_bytes
+        if is_short and not self._is_short_of_room:
+            log.warning(
+                "%s: the next save will not fit: there is room for %d bytes, and the last one stored %d. Free space "
+                "there, or have the job save elsewhere",
+                self._store.url,
+                free_bytes,
+                needed_bytes,
+            )
+        self._is_short_of_room = is_short
+
     def abort(self, attempt: str) -> None:
-        """Appends ABORT, so that the attempt's packs can be deleted; a fenced writer's need none."""
-        with self._lock, contextlib.suppress(AnotherWriter):
-            self._history.append_abort(self.writer, attempt)
+        """Appends ABORT, so that the attempt's packs can be deleted by those who wrote them, and deletes its parts. A
+        fenced writer's attempts need neither. If it fails, ``next_attempt`` tries again."""
+        with self._lock:
+            again = attempt in self._unsettled
+            self._unsettled.add(attempt)
+            try:
+                self._history.append_abort(self.writer, attempt)
+            except AnotherWriter:
+                self._settled(attempt)
+                return
+            except OutOfSpace:
+                if attempt in self._submitted:
+                    raise  # until there is an ABORT, its COMMIT may come to light
+                # Nobody else can commit it, and we never will: what it wrote makes room for the ABORT.
+                self._delete_all(f"packs/{attempt}", f"attempts/{attempt}")
+                self._history.append_abort(self.writer, attempt)
+            if not self._history.committed(attempt):
+                # Later on, those who wrote its packs have forgotten them.
+                self._delete_all(f"attempts/{attempt}", *([f"packs/{attempt}"] if again else []))
+            self._settled(attempt)
+
+    def _settled(self, attempt: str) -> None:
+        self._unsettled.discard(attempt)
+        self._submitted.discard(attempt)
+
+    def _delete_all(self, *prefixes: str) -> int:
+        count = 0
+        for prefix in prefixes:
+            for info in list(self._store.list(prefix)):
+                self._store.delete(info.name)
+                count += 1
+        return count
 
     def clean(self) -> int:
-        """Deletes what uncommitted attempts of earlier writers left behind; returns the number of objects deleted.
+        """Deletes what uncommitted attempts and dead processes of earlier writers left behind; returns how much.
 
         Safe at any time after ``open``: those attempts can never commit, and later writers' are left alone.
         """
@@ -287,10 +344,8 @@ class Committer:
                     continue  # not ours to judge
                 if opened >= own or child in committed:
                     continue
-                for info in list(self._store.list(f"{folder}/{child}")):
-                    self._store.delete(info.name)
-                    deleted += 1
-        return deleted
+                deleted += self._delete_all(f"{folder}/{child}")
+        return deleted + self._store.sweep()
 
     def _create_layout(self, data: bytes) -> str:
         digest = document.digest(data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from fastckpt.errors import ObjectExists, ObjectNotFound, OutOfSpace, StorageError
+from fastckpt.errors import ObjectExists, ObjectNotFound
 from fastckpt.storage.names import check_name, check_prefix, is_component
+from fastckpt.storage.reasons import storage_error
 from fastckpt.storage.store import Bytes, Capabilities, ObjectInfo
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -24,20 +26,13 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 # Opening a FIFO to read it would wait for somebody to write it.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-# EIO is not here: after it a page may be marked clean, so a second try may succeed with the bytes lost.
-_TRANSIENT = {
-    errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ESTALE,
-    errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}  # fmt: skip
 # What a file system says that has no fsync of directories; there, names are as durable as it chooses to make them.
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_RENAME_FLAGS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _RENAME_NOREPLACE = 1
 
-_TRIES_MAX = 3
+_TRIES_MAX = 20
 _DEPTH_MAX = 64
 _DURABLE_DIRECTORIES_MAX = 10_000
 
@@ -50,7 +45,7 @@ class LocalStore:
 
     ``path`` itself may be a symbolic link. Below it symbolic links are refused and only regular files are read, so
     that nothing put there leads out of the repository or makes a reader wait. Modes follow the umask. A crash may
-    leave hidden temporary files behind; no listing shows them.
+    leave hidden temporary files behind; no listing shows them, and ``sweep`` removes them.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,30 +62,30 @@ class LocalStore:
     def create(self, name: str, data: Bytes) -> None:
         check_name(name)
         content = _as_bytes(data)
-        with _explained("create", name, self.url):
+        with self._explained("create", name, writing=len(content)):
             created = self._in_parent(name, lambda parent, leaf: _create(parent, leaf, content))
         if not created:
             raise ObjectExists(f"cannot create {name!r} in {self.url}: it exists")
 
     def write(self, name: str) -> _LocalWriter:
         check_name(name)
-        with _explained("write", name, self.url):
+        with self._explained("write", name):
             try:
-                return self._in_parent(name, lambda parent, leaf: _LocalWriter(parent, leaf, name, self.url))
+                return self._in_parent(name, lambda parent, leaf: _LocalWriter(self, parent, leaf, name))
             except _LeafExistsError as error:
                 raise ObjectExists(f"cannot write {name!r} in {self.url}: it exists") from error
 
     def read(self, name: str, *, size_max: int) -> bytes:
         check_name(name)
-        with _explained("read", name, self.url, reading=True), self._opened(name) as (file, size):
+        with self._explained("read", name, reading=True), self._opened(name) as (file, size):
             if size > size_max:
-                raise OSError(errno.EFBIG, f"it has {size} bytes, at most {size_max} are allowed here")
+                raise OSError(f"it has {size} bytes, at most {size_max} are allowed here")
             pieces = []
             remaining = size
             while remaining:
                 piece = os.read(file, remaining)
                 if not piece:
-                    raise OSError(errno.EIO, f"it lost its last {remaining} bytes while being read")
+                    raise OSError(f"it lost its last {remaining} bytes while being read")
                 pieces.append(piece)
                 remaining -= len(piece)
             return b"".join(pieces)
@@ -100,25 +95,25 @@ class LocalStore:
         if offset < 0:
             raise ValueError(f"offset must not be negative: {offset}")
         content = _as_bytes(buffer)
-        with _explained("read", name, self.url, reading=True), self._opened(name) as (file, size):
+        with self._explained("read", name, reading=True), self._opened(name) as (file, size):
             end = offset + len(content)
             if size < end:
-                raise OSError(errno.EIO, f"it has {size} bytes, bytes {offset} to {end} were asked for")
+                raise OSError(f"it has {size} bytes, bytes {offset} to {end} were asked for")
             while content:
                 count = os.preadv(file, [content], offset)
                 if not count:
-                    raise OSError(errno.EIO, f"it was cut to {offset} bytes while being read")
+                    raise OSError(f"it was cut to {offset} bytes while being read")
                 content = content[count:]
                 offset += count
 
     def size(self, name: str) -> int:
         check_name(name)
-        with _explained("size", name, self.url, reading=True), self._parent(name) as (parent, leaf):
+        with self._explained("read the size of", name, reading=True), self._parent(name) as (parent, leaf):
             return _regular_size(os.stat(leaf, dir_fd=parent, follow_symlinks=False))
 
     def children(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
-        with _explained("list", prefix, self.url, reading=True), self._directory_or_none(prefix) as directory:
+        with self._explained("list", prefix, reading=True), self._directory_or_none(prefix) as directory:
             if directory is None:
                 return iter(())
             # A directory without objects is no child: it is what deleted objects leave behind.
@@ -126,7 +121,7 @@ class LocalStore:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         check_prefix(prefix)
-        with _explained("list", prefix, self.url, reading=True), self._directory_or_none(prefix) as directory:
+        with self._explained("list", prefix, reading=True), self._directory_or_none(prefix) as directory:
             if directory is None:
                 return iter(())
             # All of it now: a half-used iterator would hold descriptors.
@@ -136,8 +131,51 @@ class LocalStore:
         check_name(name)
         # A directory is no object: none has that name.
         absent = suppress(FileNotFoundError, IsADirectoryError)
-        with _explained("delete", name, self.url), absent, self._parent(name) as (parent, leaf):
-            os.unlink(leaf, dir_fd=parent)
+        with self._explained("delete", name):
+            with absent, self._parent(name) as (parent, leaf):
+                os.unlink(leaf, dir_fd=parent)
+            self._remove_empty_directories(name)
+
+    def sweep(self) -> int:
+        with self._explained("sweep", ""), self._directory_or_none("") as root:
+            return 0 if root is None else _sweep(root)
+
+    def free_bytes(self) -> int | None:
+        found = self._file_system()
+        if found is None or not found.f_blocks:
+            return None
+        # Some file systems do not count files, and say 0 of 0.
+        return 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize
+
+    def _file_system(self) -> os.statvfs_result | None:
+        """What the system says of the one that ``path`` is on, or will be."""
+        path = self._root
+        while True:
+            try:
+                return os.statvfs(path)
+            except FileNotFoundError:
+                path = os.path.dirname(path)
+            except OSError:
+                return None
+
+    @contextmanager
+    def _explained(self, verb: str, name: str, *, reading: bool = False, writing: int | None = None) -> Iterator[None]:
+        """Turns what the system says into our errors. ``writing``: the bytes that were to be written."""
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot {verb} {name!r} in {self.url}"
+            if error.errno == errno.ENOENT and reading:
+                raise ObjectNotFound(f"{what}: {error.strerror}") from error
+            raise storage_error(what, error, self._room(writing) if error.errno == errno.ENOSPC else "") from error
+
+    def _room(self, writing: int | None) -> str:
+        found = self._file_system()
+        if found is None:
+            return ""
+        files = f" and {found.f_favail:,} files" if found.f_files else ""
+        wanted = f", {writing:,} bytes were to be written" if writing is not None else ""
+        return f"{found.f_bavail * found.f_frsize:,} bytes{files} are free{wanted}"
 
     # Reading: directories as they are.
 
@@ -153,7 +191,12 @@ class LocalStore:
     @contextmanager
     def _opened(self, name: str) -> Iterator[tuple[int, int]]:
         with self._parent(name) as (parent, leaf):
-            file = os.open(leaf, _READ, dir_fd=parent)
+            try:
+                file = os.open(leaf, _READ, dir_fd=parent)
+            except OSError:
+                # A socket, or a device that is not there, says that it is gone: that is not what is wrong with it.
+                _regular_size(os.stat(leaf, dir_fd=parent, follow_symlinks=False))
+                raise
         try:
             yield file, _regular_size(os.fstat(file))
         finally:
@@ -200,6 +243,9 @@ class LocalStore:
                 tries += 1
                 if tries == _TRIES_MAX:
                     raise
+            except OSError:
+                self._remove_empty_directories(name)
+                raise
 
     def _open_durable_directory(self, components: Sequence[str]) -> int:
         """Opens the directory, making what is missing. Also syncs what was there when first seen: another process
@@ -228,6 +274,17 @@ class LocalStore:
             raise
         return parent
 
+    def _remove_empty_directories(self, name: str) -> None:
+        """Removes the directories above ``name`` that hold nothing, so that failures do not fill the disk with them.
+        The uppermost stays: everybody else makes directories in it. Whoever was about to use one makes it again."""
+        directory = name.rpartition("/")[0]
+        with suppress(OSError):
+            while "/" in directory:
+                with suppress(FileNotFoundError), self._parent(directory) as (parent, leaf):
+                    os.rmdir(leaf, dir_fd=parent)
+                self._durable_directories.pop("/" + directory, None)
+                directory = directory.rpartition("/")[0]
+
     def _open_durable_root(self) -> int:
         try:
             root = os.open(self._root, _DIRECTORY)
@@ -253,8 +310,8 @@ class LocalStore:
 class _LocalWriter:
     """A file being written under its final name. Any error abandons it at once, so that no descriptor is left."""
 
-    def __init__(self, parent: int, leaf: str, name: str, url: str) -> None:
-        self._leaf, self._name, self._url = leaf, name, url
+    def __init__(self, store: LocalStore, parent: int, leaf: str, name: str) -> None:
+        self._store, self._leaf, self._name = store, leaf, name
         self._offset = 0
         self._file = self._parent = -1
         try:
@@ -272,7 +329,7 @@ class _LocalWriter:
 
     def append(self, data: Bytes) -> int:
         content = _as_bytes(data)
-        with self._abandoned_on_error("append to"):
+        with self._abandoned_on_error("append to", len(content)):
             start = self._offset
             self._offset += _write(self._file, content)
             return start
@@ -285,7 +342,7 @@ class _LocalWriter:
             _sync_directory(self._parent)
             found = os.stat(self._leaf, dir_fd=self._parent, follow_symlinks=False).st_size
             if found != self._offset:
-                raise OSError(errno.EIO, f"{self._offset} bytes were written, {found} are there")
+                raise OSError(f"{self._offset} bytes were written, {found} are there: somebody else writes to it")
         self._close()
         return self._offset
 
@@ -293,6 +350,7 @@ class _LocalWriter:
         if self._parent >= 0:
             with suppress(OSError):
                 os.unlink(self._leaf, dir_fd=self._parent)
+            self._store._remove_empty_directories(self._name)
         self._close()
 
     def __del__(self) -> None:
@@ -307,15 +365,15 @@ class _LocalWriter:
                 _release(descriptor)
 
     @contextmanager
-    def _abandoned_on_error(self, verb: str) -> Iterator[None]:
+    def _abandoned_on_error(self, verb: str, writing: int | None = None) -> Iterator[None]:
         if self._file < 0:
             raise ValueError(f"{self._name!r} was finished, abandoned or has failed; nothing may follow")
-        with _explained(verb, self._name, self._url):
-            try:
+        try:
+            with self._store._explained(verb, self._name, writing=writing):
                 yield
-            except BaseException:
-                self.abandon()
-                raise
+        except BaseException:
+            self.abandon()
+            raise
 
 
 class _LeafExistsError(OSError):
@@ -325,8 +383,7 @@ class _LeafExistsError(OSError):
 def _create(parent: int, leaf: str, content: memoryview) -> bool:
     """Whether the object is now there because of us. Its name, whoever made it, is durable in both cases: a caller
     may read it back and rely on it."""
-    # Random, since processes of several hosts may share the file system.
-    temporary = f".{leaf}.{secrets.token_hex(16)}"
+    temporary = _temporary(leaf)
     file = os.open(temporary, _CREATE, 0o666, dir_fd=parent)
     try:
         try:
@@ -343,6 +400,14 @@ def _create(parent: int, leaf: str, content: memoryview) -> bool:
             os.unlink(temporary, dir_fd=parent)
     _sync_directory(parent)
     return created
+
+
+def _temporary(leaf: str) -> str:
+    """Random, since processes of several hosts may share the file system."""
+    return f".{leaf}.{secrets.token_hex(16)}"
+
+
+_IS_TEMPORARY = re.compile(r"\.[A-Za-z0-9_-][A-Za-z0-9._-]*\.[0-9a-f]{32}").fullmatch
 
 
 def _link_if_absent(parent: int, temporary: str, leaf: str, identity: _Identity) -> bool:
@@ -371,8 +436,8 @@ def _rename_if_absent(parent: int, temporary: str, leaf: str) -> None:
         if error.errno not in _NO_RENAME_FLAGS:
             raise
         raise OSError(
-            error.errno,
-            "this file system cannot create a file if absent (neither link nor renameat2 with RENAME_NOREPLACE)",
+            "this file system cannot create a file if absent (neither link nor renameat2 with RENAME_NOREPLACE); "
+            "use another one"
         ) from error
 
 
@@ -391,7 +456,7 @@ def _write(file: int, content: memoryview) -> int:
     while remaining:
         count = os.write(file, remaining)
         if not count:
-            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+            raise OSError("the system wrote nothing and gave no reason")
         remaining = remaining[count:]
     return len(content)
 
@@ -402,11 +467,15 @@ def _as_bytes(data: Bytes) -> memoryview:
 
 
 def _sync_directory(directory: int) -> None:
+    """Unlike a file's, a directory's failed sync may be tried again: a file system with a journal stops for good when
+    that cannot be written, so a later success is the truth."""
     try:
         os.fsync(directory)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
             raise
+    # An XFS that has shut itself down, its log unwritten, says to fsync that all is well, and to this that it is not.
+    os.fstat(directory)
 
 
 def _sync_ancestors(root: str) -> None:
@@ -439,14 +508,14 @@ def _open_subdirectory(parent: int, component: str) -> int:
 
 def _refuse_link(found: os.stat_result, component: str) -> None:
     if stat.S_ISLNK(found.st_mode):
-        raise OSError(errno.ELOOP, f"{component!r} is a symbolic link, and a repository may not contain any")
+        raise OSError(f"{component!r} is a symbolic link, and a repository may not contain any")
 
 
 def _regular_size(found: os.stat_result) -> int:
     if stat.S_ISDIR(found.st_mode):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
+        raise OSError("it is not a regular file")
     return found.st_size
 
 
@@ -463,7 +532,7 @@ def _entries(directory: int) -> list[os.DirEntry[str]]:
 def _objects(directory: int, prefix: str, depth: int = 0) -> Iterator[ObjectInfo]:
     """All objects below ``directory``, sorted by whole name: ``a-b`` comes before ``a/c``."""
     if depth > _DEPTH_MAX:
-        raise OSError(errno.ELOOP, f"directories are nested more than {_DEPTH_MAX} deep")
+        raise OSError(f"directories are nested more than {_DEPTH_MAX} deep")
     names = {e.name + "/" if e.is_dir(follow_symlinks=False) else e.name: e for e in _entries(directory)}
     for _, entry in sorted(names.items()):
         name = f"{prefix}/{entry.name}" if prefix else entry.name
@@ -478,6 +547,31 @@ def _objects(directory: int, prefix: str, depth: int = 0) -> Iterator[ObjectInfo
             yield from _objects(below, name, depth + 1)
         finally:
             _release(below)
+
+
+def _sweep(directory: int, depth: int = 0) -> int:
+    """Removes temporary files, and below the uppermost directories those that are empty. Whoever was about to give a
+    temporary file its name, or to use a directory, finds it gone and makes it again."""
+    with os.scandir(directory) as found:
+        entries = list(found)
+    count = 0
+    for entry in entries:
+        if _IS_TEMPORARY(entry.name) and entry.is_file(follow_symlinks=False):
+            with suppress(FileNotFoundError):
+                os.unlink(entry.name, dir_fd=directory)
+                count += 1
+        elif is_component(entry.name) and entry.is_dir(follow_symlinks=False) and depth < _DEPTH_MAX:
+            with suppress(FileNotFoundError):
+                below = _open_subdirectory(directory, entry.name)
+                try:
+                    count += _sweep(below, depth + 1)
+                finally:
+                    _release(below)
+            if depth:
+                with suppress(OSError):  # not empty, as a rule
+                    os.rmdir(entry.name, dir_fd=directory)
+                    count += 1
+    return count
 
 
 def _has_objects(directory: int, entry: os.DirEntry[str]) -> bool:
@@ -501,18 +595,3 @@ def _release(descriptor: int) -> None:
     """Closes what was only read, or is given up: an error here says nothing about bytes anybody relies on."""
     with suppress(OSError):
         os.close(descriptor)
-
-
-@contextmanager
-def _explained(verb: str, name: str, url: str, *, reading: bool = False) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"cannot {verb} {name!r} in {url}: {error.strerror or error}"
-        if error.errno in _NO_SPACE:
-            raise OutOfSpace(message) from error
-        if error.errno == errno.ENOENT and reading:
-            raise ObjectNotFound(message) from error
-        # A directory that vanished under a writer can be made again.
-        transient = error.errno in _TRANSIENT or error.errno == errno.ENOENT
-        raise StorageError(message, transient=transient) from error

@@ -85,6 +85,12 @@ class MemoryStore:
         with self._lock:
             self._remove(name)
 
+    def sweep(self) -> int:
+        return 0
+
+    def free_bytes(self) -> int | None:
+        return None
+
     # The lock is held by the caller of these.
 
     def _find(self, name: str) -> bytearray:

@@ -89,3 +89,11 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None:
         """Removes the object; absent is no error. Need not be durable: nothing relies on a name being gone."""
+
+    def sweep(self) -> int:
+        """Removes what operations of dead processes left behind that is no object, such as temporary files; returns
+        how many. Safe at any time: an operation of a living process that it hits is done again, unnoticed."""
+
+    def free_bytes(self) -> int | None:
+        """About how many bytes can still be written: cheap, never raises; None if that is not known. 0 too if there is
+        room for bytes but not for another object. A quota may leave less, and other writers may be faster."""

@@ -21,8 +21,8 @@ class Operation(NamedTuple):
     number: int
     """From 1, in the order of starting."""
     operation: str
-    """``create``, ``write``, ``append``, ``finish``, ``read``, ``read_into``, ``size``, ``children``, ``list`` or
-    ``delete``."""
+    """``create``, ``write``, ``append``, ``finish``, ``read``, ``read_into``, ``size``, ``children``, ``list``,
+    ``delete`` or ``sweep``."""
     name: str
     """The object's name, or the prefix."""
 
@@ -128,6 +128,15 @@ class FaultyStore:
 
     def delete(self, name: str) -> None:
         self._faults.run("delete", name, lambda: self.store.delete(name))
+
+    def sweep(self) -> int:
+        return self._faults.run("sweep", "", lambda: self.store.sweep())
+
+    def free_bytes(self) -> int | None:
+        """Not counted: nothing that is written depends on it."""
+        if self.killed:
+            raise Killed("free_bytes after death")
+        return self.store.free_bytes()
 
 
 class _FaultyWriter:

@@ -301,6 +301,25 @@ class StoreContract:
         assert list(store.children("")) == []
         assert list(store.children("a")) == []
 
+    # sweep
+
+    def test_sweeping_leaves_every_object_and_what_is_being_written(self, store: Store) -> None:
+        store.create("a/b", b"x")
+        stream = store.write("p/q")
+        stream.append(b"half")
+        assert store.sweep() == 0
+        stream.append(b"whole")
+        assert stream.finish() == 9
+        assert [info.name for info in store.list("")] == ["a/b", "p/q"]
+
+    # free_bytes
+
+    def test_the_room_that_is_left_is_a_number_or_not_known(self, store: Store) -> None:
+        for _ in range(2):  # of a place that does not exist yet, too
+            free = store.free_bytes()
+            assert free is None or free >= 0
+            store.create("a", b"x") if not list(store.list("")) else None
+
     # Names
 
     @pytest.mark.parametrize("name", _BAD_NAMES, ids=lambda name: ascii(name)[1:30])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
 import stat
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 from fastckpt.errors import ObjectExists, ObjectNotFound, OutOfSpace, StorageError
 from fastckpt.storage import local
 from fastckpt.storage.local import LocalStore
+from fastckpt.storage.reasons import REASONS
 from fastckpt.storage.store import ObjectWriter, Store
 from fastckpt.testing import StoreContract
 
@@ -224,7 +227,7 @@ def test_a_directory_that_others_replaced_is_synced_again(tmp_path, store, calls
     assert ("fsync", "repository") in _below(calls)
 
 
-@pytest.mark.parametrize("times", [1, 5])
+@pytest.mark.parametrize("times", [1, 50])
 def test_a_directory_removed_at_the_worst_moment_is_made_again_a_few_times(tmp_path, store, monkeypatch, times):
     real, removed = os.open, []
 
@@ -378,7 +381,9 @@ def test_whichever_system_call_fails_nothing_is_torn_leaked_or_unnamed(tmp_path,
         if error is not None:
             failed.add(reached)
             assert "a/b/object" in str(error)
-            assert os.strerror(code) in str(error)
+            assert str(root) in str(error)
+            assert f": {os.strerror(code)}; " in str(error)
+            assert str(error).endswith(f"; {REASONS[code].advice}")
             assert isinstance(error.__cause__, OSError)
             assert isinstance(error, OutOfSpace) == (code in (errno.ENOSPC, errno.EDQUOT))
             assert error.transient == (code in (errno.EMFILE, errno.ESTALE))
@@ -426,6 +431,72 @@ def test_a_failed_fsync_is_never_tried_again_on_the_same_file(store, monkeypatch
     assert len(synced) == 1
     with pytest.raises(ObjectNotFound):
         store.size("a")
+
+
+def test_what_could_not_be_synced_is_not_what_the_next_create_relies_on(store, monkeypatch):
+    store.create("first", b"")
+    real, synced = os.fsync, []
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if len(synced) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match=os.strerror(errno.EIO)):
+        store.create("a", b"x")
+    store.create("a", b"x")
+    failed, *later = synced
+    assert failed not in later, "a second sync of the same file may succeed with its bytes lost"
+    assert os.path.basename(later[0]).startswith(".a."), "and a new file was written"
+
+
+@pytest.mark.parametrize("code", sorted(REASONS))
+def test_every_reason_of_the_system_is_told_with_what_to_do_about_it(store, monkeypatch, code):
+    writer = store.write("a/b")
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fail)
+        with pytest.raises(StorageError) as caught:
+            writer.append(b"x" * 1000)
+    text = str(caught.value)
+    assert text.startswith(f"cannot append to 'a/b' in {store.url}: {os.strerror(code)}; ")
+    assert REASONS[code].advice in text
+    assert ("1,000 bytes were to be written" in text) == (code == errno.ENOSPC)
+    assert isinstance(caught.value, OutOfSpace) == (code in (errno.ENOSPC, errno.EDQUOT))
+    assert caught.value.transient == REASONS[code].transient
+    assert not caught.value.transient or code not in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def test_what_is_wrong_with_an_object_itself_is_not_blamed_on_the_system(store):
+    store.create("a", b"12345")
+    with pytest.raises(StorageError) as caught:
+        store.read("a", size_max=4)
+    assert str(caught.value) == f"cannot read 'a' in {store.url}: it has 5 bytes, at most 4 are allowed here"
+
+
+def test_signals_disturb_nothing(store):
+    handled = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: handled.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        for number in range(60):
+            store.create(f"a/{number}", bytes([number]) * 100_000)
+            writer = store.write(f"b/{number}")
+            writer.append(bytes([number]) * 300_000)
+            writer.finish()
+            buffer = bytearray(300_000)
+            store.read_into(f"b/{number}", 0, memoryview(buffer))
+            assert buffer == bytes([number]) * 300_000
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(handled) > 10
+    assert all(store.read(f"a/{number}", size_max=100_000) == bytes([number]) * 100_000 for number in range(60))
 
 
 def test_an_error_of_close_is_an_error_of_finish(store, monkeypatch):
@@ -531,6 +602,83 @@ def test_a_full_file_system_is_out_of_space_and_usable_again(tmp_path):
         subprocess.run(["umount", mount], check=True)
 
 
+@pytest.mark.root
+@pytest.mark.usefixtures("need_root")
+def test_the_room_that_is_left_is_what_the_file_system_says_and_none_if_it_takes_no_more_files(tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=5", "none", tmp_path], check=True)
+    try:
+        store = LocalStore(tmp_path / "not" / "there" / "yet")
+        assert store.free_bytes() == 256 << 10
+        store = LocalStore(tmp_path / "repository")
+        store.create("a", bytes(100_000))
+        assert store.free_bytes() == (256 << 10) - 25 * 4096
+        while files := os.statvfs(tmp_path).f_favail:
+            (tmp_path / f"file-{files}").touch()
+        assert store.free_bytes() == 0
+        with pytest.raises(OutOfSpace, match="bytes and 0 files are free"):
+            store.write("b")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+# Directories that nobody needs any more.
+
+
+def _directories(path: Path) -> set[str]:
+    return {str(p.relative_to(path / "repository")) for p in (path / "repository").rglob("*") if p.is_dir()}
+
+
+def test_a_directory_goes_with_its_last_object_but_for_the_uppermost(tmp_path, store):
+    for name in ("a/b/c/1", "a/b/2", "a/3"):
+        store.create(name, b"x")
+    store.delete("a/b/c/1")
+    assert _directories(tmp_path) == {"a", "a/b"}
+    store.delete("a/b/2")
+    store.delete("a/3")
+    assert _directories(tmp_path) == {"a"}
+
+
+def test_what_failed_leaves_no_directories(tmp_path, store, monkeypatch):
+    store.write("a/b/c").abandon()
+    assert _directories(tmp_path) == {"a"}
+    real = os.open
+
+    def full(path, flags, mode=0o777, *, dir_fd=None):
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", full)
+    for call in (lambda: store.create("a/b/c", b"x"), lambda: store.write("a/b/c")):
+        with pytest.raises(OutOfSpace):
+            call()
+        assert _directories(tmp_path) == {"a"}
+
+
+def test_a_directory_is_not_removed_from_under_those_who_write_there(store):
+    """All of them use the same directory, which is empty again and again."""
+    wrong = []
+
+    def come_and_go(thread: int) -> None:
+        generator = random.Random(thread)
+        for number in range(100):
+            name = f"a/b/{thread}-{number}"
+            try:
+                store.create(name, b"x") if generator.random() < 0.5 else store.write(name).finish()
+                assert store.size(name) < 2
+                store.delete(name)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong, wrong[0]
+    assert list(store.list("")) == []
+
+
 # Other processes, and what else may lie around.
 
 
@@ -577,6 +725,58 @@ def test_no_temporary_file_is_left_or_ever_listed(tmp_path, store, monkeypatch):
     monkeypatch.setattr(os, "link", link)
     store.create("c/d", b"x")
     assert [getattr(entry, "name", entry) for entry in listed] == ["a/b", "b"]
+
+
+def test_sweeping_removes_what_dead_processes_left_and_nothing_else(tmp_path, store):
+    for name in ("FORMAT", "a/b", "a/c/d"):
+        store.create(name, b"x")
+    root = tmp_path / "repository"
+    (root / "a/e/f").mkdir(parents=True)
+    (root / "empty").mkdir()
+    left = [f".FORMAT.{'0' * 32}", f"a/.b.{'1f' * 16}", f"a/c/.index.{'a' * 32}", f"a/e/.x.{'b' * 32}"]
+    kept = [".hidden", f"a/.b.{'1f' * 15}", f".{'0' * 32}", f"a/b.{'c' * 32}"]
+    for name in (*left, *kept):
+        (root / name).write_bytes(b"half")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / f".x.{'0' * 32}").write_bytes(b"somebody else's")
+    (root / "a/link").symlink_to(outside)
+    store.sweep()
+    (root / "a/link").unlink()
+    assert _files(root) == sorted([*kept, "FORMAT", "a/b", "a/c/d"])
+    assert not (root / "a/e").exists()
+    assert (root / "empty").exists()
+    assert _files(outside)
+    assert store.sweep() == 0
+
+
+def test_an_operation_that_is_swept_away_is_done_again(tmp_path, store, monkeypatch):
+    other = LocalStore(tmp_path / "repository")
+    real_link, real_mkdir, links, made = os.link, os.mkdir, [], []
+
+    def link(*args, **kwargs):
+        links.append(args)
+        if len(links) == 1:
+            assert other.sweep() == 1
+        real_link(*args, **kwargs)
+
+    def mkdir(*args, **kwargs):
+        made.append(args)
+        real_mkdir(*args, **kwargs)
+        if len(made) == 2:
+            assert other.sweep() == 1
+
+    store.create("a/first", b"x")
+    monkeypatch.setattr(os, "link", link)
+    store.create("a/second", b"created")
+    assert len(links) == 2
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    stream = store.write("p/q/r/s")
+    stream.append(b"streamed")
+    stream.finish()
+    assert len(made) > 3
+    assert other.read("a/second", size_max=100) == b"created"
+    assert other.read("p/q/r/s", size_max=100) == b"streamed"
 
 
 def test_files_that_no_store_wrote_are_no_objects(tmp_path, store):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastckpt.errors import FastckptError
+from fastckpt.errors import FastckptError, OutOfSpace
 from fastckpt.format.decision import Live
 from fastckpt.group import SoloGroup
 from fastckpt.plan.restore_plan import Want
@@ -139,6 +139,13 @@ class Run:
             return
         self.wrong.append(f"saving {number} went on after the job's death")
 
+    def job_on(self, disk: Disk) -> RankSaves:
+        """A new job of one rank whose storage has only so much room."""
+        full = OutOfSpace("injected: no space left")
+        return RankSaves(
+            FaultyStore(self._open_store(), fail_at=1, error=full, persistent=True, only=disk.is_full_for), SoloGroup()
+        )
+
     def opened_only(self) -> None:
         """A job that dies right after its OPEN."""
         dying = FaultyStore(self._open_store(), kill_at=1, only=lambda operation, name: name.startswith("packs/"))
@@ -162,6 +169,22 @@ class Run:
         except Exception as error:
             self.wrong.append(f"{what} raised {type(error).__name__}: {error}")
         return None
+
+
+class Disk:
+    """Full from when an object below ``full_from`` is to be created; until something is deleted, if that ``frees``."""
+
+    def __init__(self) -> None:
+        self.full_from: str | None = None
+        self.frees = True
+        self._is_full = False
+
+    def is_full_for(self, operation: str, name: str) -> bool:
+        if self.full_from is None or (operation == "delete" and self.frees):
+            self.full_from, self._is_full = None, False
+        elif operation == "create" and name.startswith(self.full_from):
+            self._is_full = True
+        return self._is_full and operation in ("create", "write", "append", "finish")
 
 
 class Scenario(NamedTuple):
@@ -243,11 +266,23 @@ def interrupted_open(run: Run) -> None:
 def two_writers(run: Run) -> None:
     """A job that does not know that it has been replaced."""
     old, new = run.job(), run.job()
-    run.save(old, 2)
+    opened = run.save(old, 2)  # else it opens the repository later than the other one
     taken_over = run.save(new, 3)
-    if run.save(old, 4) and taken_over:
+    if run.save(old, 4) and opened and taken_over:
         run.wrong.append("a job committed after a later one had opened the repository")
     run.save(new, 5)
+
+
+def given_up(run: Run) -> None:
+    """Two saves for which there is no room: the first makes room by going, the second finds none even for its ABORT."""
+    disk = Disk()
+    job = run.job_on(disk)
+    disk.full_from = "attempts/"
+    run.save(job, 2)
+    disk.full_from, disk.frees = "decisions/", False
+    run.save(job, 3)
+    disk.full_from = None
+    run.save(job, 4)
 
 
 SCENARIOS = [

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -64,27 +65,91 @@ def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 def outcomes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Like ``run``, but what a rank raised, or ``None`` if it died, stands in place of its result."""
+    with started(world_size, function, *arguments) as job:
+        return job.outcomes()
+
+
+@dataclass
+class Last:
+    """What a rank returns whose job has lost others: no process group can be shut down without them."""
+
+    result: Any
+
+
+def store() -> dist.TCPStore:
+    """On a rank: the job's key-value store, as ``Job.store`` is to the test."""
+    return _stores[0]
+
+
+_stores: list[dist.TCPStore] = []
+
+
+class Job:
+    """Ranks under way, and what a test may do to them."""
+
+    def __init__(self, server: dist.TCPStore, processes: Sequence[Any], pipes: Sequence[Any]) -> None:
+        self.store = server
+        """The job's key-value store."""
+        self._processes = processes
+        self._pipes = pipes
+
+    def wait_stopped(self, rank: int, seconds: float) -> bool:
+        """Whether the rank is stopped by then, by ``SIGSTOP``."""
+        end = time.monotonic() + seconds
+        while (state := self._state(rank)) not in "TZX" and time.monotonic() < end:
+            time.sleep(0.005)
+        return state == "T"
+
+    def _state(self, rank: int) -> str:
+        try:
+            with open(f"/proc/{self._processes[rank].pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return "X"
+
+    def stop(self, rank: int) -> None:
+        os.kill(self._processes[rank].pid, signal.SIGSTOP)
+
+    def resume(self, rank: int) -> None:
+        os.kill(self._processes[rank].pid, signal.SIGCONT)
+
+    def wait_keys(self, keys: Sequence[str], seconds: float) -> bool:
+        """Whether ranks have set all of these keys by then."""
+        end = time.monotonic() + seconds
+        while not (there := self.store.check(list(keys))) and time.monotonic() < end:
+            time.sleep(0.01)
+        return bool(there)
+
+    def outcomes(self) -> list[Any]:
+        """What each rank returned or raised, or ``None`` if it died."""
+        return _collect(self._pipes, self._processes)
+
+
+@contextlib.contextmanager
+def started(world_size: int, function: Callable[..., Any], *arguments: Any) -> Iterator[Job]:
+    """``function(*arguments)`` under way on every rank of a new job. Leaving kills what has not ended."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # By file: the test modules are in no package that the processes could import.
     where = (function.__module__, function.__code__.co_filename, function.__qualname__)
     work = pickle.dumps(arguments)
     pipes: list[multiprocessing.connection.Connection] = []
     processes = []
-    for rank in range(world_size):
-        receiving, sending = _context.Pipe(duplex=False)
-        process = _context.Process(
-            target=_rank, args=(sending, rank, world_size, server.port, where, work), daemon=True
-        )
-        process.start()
-        sending.close()
-        pipes.append(receiving)
-        processes.append(process)
     try:
-        return _collect(pipes, processes)
+        for rank in range(world_size):
+            receiving, sending = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank, args=(sending, rank, world_size, server.port, where, work), daemon=True
+            )
+            process.start()
+            sending.close()
+            pipes.append(receiving)
+            processes.append(process)
+        yield Job(server, processes, pipes)
     finally:
         for process in processes:
             process.kill()
-            process.join()
+        for process in processes:
+            process.join(JOB_SECONDS)
         for pipe in pipes:
             pipe.close()
 
@@ -139,9 +204,13 @@ def _rank(pipe: Any, rank: int, world_size: int, port: int, where: tuple[str, st
         arguments = pickle.loads(work)
         seconds = timedelta(seconds=JOB_SECONDS)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
+        _stores.append(store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=seconds)
         result = function(*arguments)
-        dist.destroy_process_group()
+        if isinstance(result, Last):
+            result = result.result
+        else:
+            dist.destroy_process_group()
     except BaseException as error:
         error.add_note(traceback.format_exc())
         result = error

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastckpt.format.chunk import chunk_count, chunk_cuts
-from fastckpt.format.shard import Box, boxes_of_flat_range, find_overlap
+from fastckpt.format.shard import Box, boxes_of_flat_range, covers_exactly, find_overlap
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 any_shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -85,6 +85,28 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
 @given(partitions())
 def test_shards_that_partition_a_tensor_do_not_overlap(given: tuple[tuple[int, ...], list[Box]]) -> None:
     assert find_overlap(given[1]) is None
+
+
+@given(partitions(), st.data())
+def test_boxes_cover_exactly_if_and_only_if_each_element_is_in_one(
+    given: tuple[tuple[int, ...], list[Box]], data: st.DataObject
+) -> None:
+    shape, boxes = given
+    assert covers_exactly(boxes, shape)
+    for _ in range(data.draw(st.integers(1, 3)) if boxes else 0):  # moved ones may cover it again
+        boxes[data.draw(st.integers(0, len(boxes) - 1))] = data.draw(boxes_in(shape))
+    held = np.zeros(shape, int)
+    for box in boxes:
+        held[box.slices()] += 1
+    assert covers_exactly(boxes, shape) == bool((held == 1).all())
+
+
+def test_scalars_and_empty_tensors_are_covered_by_one_box_and_by_none() -> None:
+    assert covers_exactly([Box((), ())], ())
+    assert covers_exactly([], (0, 2**62))
+    assert not covers_exactly([], ())
+    assert not covers_exactly([Box((), ())] * 2, ())
+    assert not covers_exactly([], (2, 2))
 
 
 @given(boxed(1), st.sampled_from([1, 2, 4, 8, 16]), st.integers(4, 9).map(lambda power: 2**power))

@@ -62,3 +62,11 @@ def test_a_frame_that_claims_too_much_allocates_nothing() -> None:
     claim[5:7] = b"\xff\xff"
     with pytest.raises(FormatError, match="a zstd frame of 65791 bytes where 300 are due"):
         decode_zstd(bytes(claim), 300, "x")
+
+
+def test_a_frame_that_needs_a_large_window_is_refused_even_where_none_is_used() -> None:
+    window = (28 - 10) << 3  # 256 MiB
+    frame = b"\x28\xb5\x2f\xfd\x80" + bytes([window]) + (3).to_bytes(4, "little") + b"\x19\0\0abc"
+    assert zstandard.get_frame_parameters(frame).content_size == 3
+    with pytest.raises(FormatError, match="window of 268435456 bytes"):
+        decode_zstd(frame, 3, "x")

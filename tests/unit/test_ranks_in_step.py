@@ -28,7 +28,6 @@ from fastckpt import (
 from fastckpt import checkpointer as front
 from fastckpt.group import Deadline, Decide, Group, Reply
 from fastckpt.repository.reader import Snapshot
-from fastckpt.storage.local import LocalStore
 from fastckpt.testing import ThreadGroup
 
 SECONDS = 60.0
@@ -231,12 +230,10 @@ def test_where_every_rank_finds_damage_all_go_back_together(
 
 
 def test_ranks_that_see_different_directories_under_one_path_all_fail_naming_the_one_that_is_elsewhere(
-    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ranks: Ranks
 ) -> None:
-    monkeypatch.setattr(front, "open_store", lambda _: LocalStore(str(tmp_path / f"host{ranks._here.group.rank}")))
-
-    def job(_: int) -> BaseException | None:
-        ckpt = Checkpointer("run", options=OPTIONS)
+    def job(rank: int) -> BaseException | None:
+        ckpt = Checkpointer(tmp_path / f"host{rank}", options=OPTIONS)
         error = outcome(lambda: ckpt.save(1, {"w": torch.zeros(1 << 12)}).wait())
         ckpt.close()
         assert ckpt.snapshots() == []

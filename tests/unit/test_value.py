@@ -292,3 +292,19 @@ def test_a_tensor_value_is_checked_when_made() -> None:
 
 def test_extension_scalars_are_not_taken_for_their_bytes() -> None:
     assert decode(encode(ml_dtypes.bfloat16(1.5))) == ml_dtypes.bfloat16(1.5)
+
+
+def test_many_keys_of_one_hash_are_refused_when_written_and_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = [2**80 + number * (2**61 - 1) for number in range(codec.SAME_HASH_MAX + 1)]
+    assert len({hash(number) for number in same}) == 1
+    for crowded in (dict.fromkeys(same), set(same), [OrderedDict.fromkeys(same)]):
+        with pytest.raises(ValueError, match="the same hash"):
+            encode(crowded)
+    for fits in (dict.fromkeys(same[:-1]), frozenset(same[:-1]), same, dict.fromkeys(range(10000), 0)):
+        assert decode(encode(fits)) == fits
+    with monkeypatch.context() as lenient:
+        lenient.setattr(codec, "SAME_HASH_MAX", 10**6)
+        stored = [encode(dict.fromkeys(same)), encode(set(same))]
+    for data in stored:
+        with pytest.raises(LimitExceeded, match="the same hash"):
+            decode(data)

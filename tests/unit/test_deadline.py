@@ -1,0 +1,203 @@
+"""A store that answers in time: whatever the one behind it does, and as it does when it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fastckpt.errors import ObjectNotFound, StorageError
+from fastckpt.storage.deadline import Callers, DeadlineStore, NoAnswer
+from fastckpt.storage.memory import MemoryStore
+from fastckpt.storage.store import Bytes, ObjectWriter
+from fastckpt.testing import FaultyStore, StoreContract
+
+PATIENT = 20.0
+
+
+class SilentStore(FaultyStore):
+    """Answers nothing while it is ``silent``."""
+
+    def __init__(self) -> None:
+        self.silent = threading.Event()
+        self.speaks = threading.Event()
+        super().__init__(MemoryStore("silent"), only=self._wait)
+
+    def _wait(self, operation: str, name: str) -> bool:
+        return not self.silent.is_set() or self.speaks.wait(PATIENT)
+
+    @contextlib.contextmanager
+    def silence(self) -> Iterator[None]:
+        self.silent.set()
+        try:
+            yield
+        finally:
+            self.silent.clear()
+            self.speaks.set()
+
+
+class TestDeadlineStore(StoreContract):
+    @pytest.fixture
+    def make_store(self) -> Callable[[], DeadlineStore]:
+        store = MemoryStore("contract")
+        return lambda: DeadlineStore(store, PATIENT)
+
+    def raw_write(self, store: DeadlineStore, name: str, data: bytes) -> None:
+        store._store.create(name, data)
+
+    def raw_read(self, store: DeadlineStore, name: str) -> bytes:
+        return store._store.read(name, size_max=1 << 30)
+
+
+def wait_idle(store: DeadlineStore) -> None:
+    end = time.monotonic() + PATIENT
+    while store.busy:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_an_operation_that_is_not_answered_fails_in_time_and_says_for_how_long() -> None:
+    inner = SilentStore()
+    store = DeadlineStore(inner, 1.0)
+    with inner.silence():
+        start = time.monotonic()
+        with pytest.raises(
+            StorageError, match=r"cannot read 'a' in memory://silent: the storage has not answered for 1 s"
+        ) as caught:
+            store.read("a", size_max=1)
+        assert time.monotonic() - start >= 1.0
+        assert caught.value.transient
+
+
+def test_while_it_is_silent_all_else_fails_at_once_and_when_it_answers_all_is_as_before() -> None:
+    inner = SilentStore()
+    store = DeadlineStore(inner, 0.3)
+    with inner.silence():
+        with pytest.raises(StorageError, match="has not answered"):
+            store.create("a", b"x")
+        assert store.busy
+        started = len(inner.operations)
+        for call in (lambda: store.size("b"), lambda: list(store.list("")), lambda: store.delete("b")):
+            with pytest.raises(StorageError, match="has not answered"):
+                call()
+        assert len(inner.operations) == started, "nothing is tried"
+    wait_idle(store)
+    assert store.read("a", size_max=1) == b"x", "what was left behind may be carried out"
+    with pytest.raises(ObjectNotFound):
+        store.size("b")
+
+
+def test_who_waits_for_a_later_call_hears_of_the_silence_with_who_waits_for_the_first() -> None:
+    inner = SilentStore()
+    store = DeadlineStore(inner, 1.0)
+    seconds: list[float] = []
+
+    def ask() -> None:
+        start = time.monotonic()
+        with pytest.raises(StorageError):
+            store.size("a")
+        seconds.append(time.monotonic() - start)
+
+    with inner.silence():
+        first = threading.Thread(target=ask)
+        first.start()
+        assert not first.join(0.5)
+        ask()
+        first.join()
+    assert min(seconds) < 0.95, seconds
+
+
+class SlowWriter:
+    def __init__(self, silent: threading.Event) -> None:
+        self.silent = silent
+        self.log: list[str] = []
+
+    def append(self, data: Bytes) -> int:
+        self.log.append("append begins")
+        self.silent.wait(PATIENT)
+        self.log.append("append ends")
+        return 0
+
+    def finish(self) -> int:
+        return 0
+
+    def abandon(self) -> None:
+        self.log.append("abandoned")
+
+
+def test_an_object_is_abandoned_only_when_the_call_that_was_left_behind_is_over() -> None:
+    speaks = threading.Event()
+    writer = SlowWriter(speaks)
+
+    class Writes(MemoryStore):
+        def write(self, name: str) -> ObjectWriter:
+            return writer
+
+    store = DeadlineStore(Writes("x"), 0.2)
+    seen = store.write("a")
+    with pytest.raises(StorageError, match="cannot append to 'a'"):
+        seen.append(b"x")
+    start = time.monotonic()
+    seen.abandon()
+    assert time.monotonic() - start < 5
+    assert writer.log == ["append begins"]
+    speaks.set()
+    wait_idle(store)
+    assert writer.log == ["append begins", "append ends", "abandoned"]
+
+
+def test_what_a_call_returns_that_was_left_behind_is_let_go_of() -> None:
+    speaks = threading.Event()
+    gone = threading.Event()
+
+    class Held:
+        def __del__(self) -> None:
+            gone.set()
+
+    def late() -> Held:
+        speaks.wait(PATIENT)
+        return Held()
+
+    call = Callers("test").start(late)
+    with pytest.raises(NoAnswer):
+        call.result(0.01)
+    call.leave_behind()
+    speaks.set()
+    assert gone.wait(PATIENT)
+
+
+def test_threads_that_nobody_needs_end() -> None:
+    callers = Callers("test-callers")
+    assert [callers.start(lambda n=n: n).result(PATIENT) for n in range(50)] == list(range(50))
+
+    def count() -> int:
+        return sum(thread.name == "test-callers" for thread in threading.enumerate())
+
+    assert count() <= 2
+    end = time.monotonic() + PATIENT
+    while count():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert callers.start(lambda: 1).result(PATIENT) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_makes_threads_of_its_own() -> None:
+    callers = Callers("test")
+    blocked = threading.Event()
+    callers.start(lambda: blocked.wait(PATIENT))
+    callers.start(lambda: 1).result(PATIENT)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        callers.start(lambda: os.write(writing, b"x")).result(PATIENT)
+        os._exit(0 if callers.oldest() is None else 1)
+    assert os.read(reading, 1) == b"x"
+    assert os.waitpid(child, 0)[1] == 0
+    blocked.set()
+    os.close(reading)
+    os.close(writing)
