@@ -178,6 +178,9 @@ class Saves:
         self._offered = b""
         self._agreed: Agreed | None = None
         self._writer: ChunkWriter | None = None
+        # Of aborted attempts, whose packs could not be deleted yet. What is still there at the end goes with the next
+        # job's cleaning.
+        self._discarded: list[ChunkWriter] = []
         # The coordinator's side.
         self._committer: Committer | None = None
         self._chunk_bytes = 0
@@ -300,6 +303,7 @@ class Saves:
         live tensor is going to be read any more, be it for a failure. Raises what failed, with nothing left staged or
         open."""
         self._check_same_repository(attempt)
+        self._delete_discarded()  # it may need the room
         agreed = attempt.agreed
         layout = agreed.layout
         writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
@@ -494,8 +498,12 @@ class Saves:
                 f"attempt {attempt.id} can never be committed. Stop one of the two jobs"
             ) from error
         if result.aborted and self._writer is not None and self._writer.attempt == attempt.id:
-            self._writer.delete()
+            self._discarded.append(self._writer)
+            self._delete_discarded()
         return result.committed
+
+    def _delete_discarded(self) -> None:
+        self._discarded = [writer for writer in self._discarded if not writer.delete()]
 
 
 def _typed(error: BaseException, step: int) -> BaseException:

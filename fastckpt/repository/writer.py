@@ -88,13 +88,17 @@ class ChunkWriter:
         for stream in streams:
             stream.abandon()
 
-    def delete(self) -> None:
-        """Deletes the finished packs. Only for an attempt whose ABORT is in the history."""
+    def delete(self) -> bool:
+        """Deletes the finished packs, and says whether all are gone. Only for an attempt whose ABORT is in the
+        history."""
         with self._lock:
             packs = list(self._packs)
-        for info in packs:
-            with contextlib.suppress(StorageError):  # the next OPEN tries again
+        try:
+            for info in packs:
                 self._store.delete(info.name)
+        except StorageError:
+            return False
+        return True
 
 
 class PackStream:

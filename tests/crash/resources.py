@@ -81,6 +81,8 @@ class Shortage:
     """Whether what is short is always missed by the store, so that the error names an object."""
     broken: bool = False
     """Whether the file system itself breaks: nothing can be removed then, and empty directories may stay for good."""
+    hinders_removal: bool = False
+    """Whether nothing may be removed for want of it: the next save does that, and empty directories go with a sweep."""
     _short_steps: set[int] = field(init=False, default_factory=set)
 
     def go_through(self, levels: Sequence[object]) -> Seen:
@@ -153,7 +155,7 @@ class Shortage:
         if self.must_name and not objects:
             found.append(f"the error names no object: {text}")
         # A COMMIT that was tried is in doubt until there can be an ABORT: the next save removes what it left.
-        in_doubt = self.broken or any(match[0] == "decisions" for match in objects)
+        in_doubt = self.broken or self.hinders_removal or any(match[0] == "decisions" for match in objects)
         if repository.exists(store) and not in_doubt:
             found += self._left_behind(store)
             after = State.now(self.path, store)
@@ -168,7 +170,7 @@ class Shortage:
         for directory, directories, files in os.walk(self.path):
             found += [f"{directory}/{name}" for name in files if name.startswith(".")]
             depth = len(Path(directory).relative_to(self.path).parts)
-            if depth > 2 and not (directories or files or self.broken):
+            if depth > 2 and not (directories or files or self.broken or self.hinders_removal):
                 found.append(f"{directory}/")
         return [f"left behind: {name}" for name in found]
 
@@ -349,8 +351,8 @@ def open_files(directory: Path) -> Seen:
         unused = (number for number in itertools.count() if number not in used)
         limit.set(next(itertools.islice(unused, count, None)))
 
-    running = Shortage(directory, [errno.EMFILE], leave, limit.lift)
-    anew = Shortage(directory, [errno.EMFILE], leave, limit.lift, must_name=False)
+    running = Shortage(directory, [errno.EMFILE], leave, limit.lift, hinders_removal=True)
+    anew = Shortage(directory, [errno.EMFILE], leave, limit.lift, must_name=False, hinders_removal=True)
     return together(running.go_through(range(40)), anew.go_through_anew(range(40)))
 
 

@@ -26,7 +26,7 @@ RUN_SECONDS_MAX = 180
 STEPS = 4
 ALL = 10_000
 """More points than there are."""
-OBJECTS = ("packs", ".pack", ".part-", ".index.", *(f".{number:012}." for number in range(1, STEPS + 2)))
+OBJECTS = (".pack", ".part-", ".index.", *(f".{number:012}." for number in range(1, STEPS + 2)))
 """What is in the names of the files that are made for the packs, parts, indexes and decisions of ``STEPS`` saves."""
 
 pytestmark = pytest.mark.distributed

@@ -35,7 +35,7 @@ class Planted(NamedTuple):
 def read(patch: Path) -> Planted:
     header = patch.read_text().partition("\n--- ")[0]
     fields = dict(re.findall(r"^(Promise|Caught by|Says): (.*)$", header, re.MULTILINE))
-    return Planted(fields["Promise"], fields["Caught by"].split(), fields["Says"])
+    return Planted(fields["Promise"], fields["Caught by"].split("; "), fields["Says"])
 
 
 def run_against(patch: Path, copy: Path) -> subprocess.CompletedProcess[str]:
