@@ -79,7 +79,7 @@ class Pending:
     def snapshot(self) -> Snapshot:
         """What was committed. ``SaveError`` before it is."""
         if self._snapshot is None:
-            raise SaveError(f"step {self.step} is not committed; it is {self.status}")
+            raise SaveError(f"step {self.step} is not committed; it is {self.status}: call wait() first")
         return self._snapshot
 
     @property
@@ -97,13 +97,18 @@ class Pending:
         """Waits until the last live tensor has been read; from then on anything may change. ``TimeoutError`` after
         ``timeout`` seconds. A failure is not raised here: a save that failed reads nothing any more."""
         if not self._staged.wait(timeout):
-            raise TimeoutError(f"step {self.step} was not staged within {timeout} s")
+            raise TimeoutError(
+                f"step {self.step} was not staged within {timeout} s; it goes on, and can be waited for again"
+            )
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until the snapshot is committed; raises what went wrong, naming ranks. ``TimeoutError`` after
         ``timeout`` seconds."""
         if not self._finished.wait(timeout):
-            raise TimeoutError(f"step {self.step} was not committed within {timeout} s; it is {self.status}")
+            raise TimeoutError(
+                f"step {self.step} was not committed within {timeout} s; it is {self.status}, goes on, and can be "
+                "waited for again"
+            )
         if self._error is not None:
             self._raised = True
             raise self._error
@@ -373,7 +378,9 @@ class Checkpointer:
                 if damage is not None:
                     raise damage  # there is none before it: starting afresh is not for us to decide
                 if step is not None:
-                    raise SnapshotNotFound(f"{self.url}: no snapshot of step {step}: there is none at all")
+                    raise SnapshotNotFound(
+                        f"{self.url}: no snapshot of step {step}: there is none at all. Is the URL right?"
+                    )
                 if self._group.rank == 0:
                     log.warning("no snapshot in %s, starting at 1", self.url)
                 return None
@@ -401,7 +408,9 @@ class Checkpointer:
         if rename is not None and not isinstance(rename, Mapping):
             raise TypeError(f"rename={rename!r} is not a mapping of prefixes to prefixes")
         if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
-            raise ValueError(f"missing={missing!r} or policy={policy!r} is not one of the values it may have")
+            raise ValueError(
+                f"missing={missing!r}, policy={policy!r}: missing is 'raise' or 'keep', policy 'strict' or 'previous'"
+            )
         if missing == "keep" and policy == "previous":
             raise ValueError(
                 "missing='keep' with policy='previous' could keep what was restored from a snapshot that proved to be "
@@ -461,7 +470,9 @@ class Checkpointer:
         ``timeout`` seconds; the save then goes on behind."""
         self._closed = True
         if self._pending is not None and not self._pending._finished.wait(timeout):
-            raise TimeoutError(f"step {self._pending.step} was not committed within {timeout} s")
+            raise TimeoutError(
+                f"step {self._pending.step} was not committed within {timeout} s; it goes on: close it again"
+            )
         self._join()
         if self._fence is not None:  # not before: what is being staged needs it to the end
             self._fence.close()
@@ -492,7 +503,7 @@ class Checkpointer:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise SaveError(f"{self.url}: this Checkpointer is closed")
+            raise SaveError(f"{self.url}: this Checkpointer is closed; make a new one")
 
     def _check_whole(self) -> None:
         if self._broken is not None:

@@ -119,7 +119,9 @@ class KeyValueGroup:
             self._kv.delete([f"{base}/reply/{self.rank}", f"{base}/answer/{self.rank}"])
             if answer is None:
                 raise CommitTimeout(
-                    f"rank {self.rank} had no answer from rank {leader} while waiting for {what}", [leader]
+                    f"rank {self.rank} had no answer from rank {leader} while waiting for {what}; look at the log of "
+                    f"rank {leader}: it may have died, stopped, or be stuck in its storage",
+                    [leader],
                 )
             return _raise_or_return(decode_reply(answer))
         replies: dict[int, Reply] = {leader: reply}

@@ -51,8 +51,10 @@ class Restores:
 
         def decide(replies: Mapping[int, bytes]) -> bytes:
             if len(set(replies.values())) > 1:
-                asked = {rank: msgspec.msgpack.decode(reply) for rank, reply in sorted(replies.items())}
-                raise ValueError(f"ranks ask for different steps: {asked}")
+                asked = [f"rank {rank}: {msgspec.msgpack.decode(reply)}" for rank, reply in sorted(replies.items())[:8]]
+                raise ValueError(
+                    f"ranks ask for different steps: {', '.join(asked)}; every rank asks for the same step, or for none"
+                )
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
             found = repository.Repository(self._store).choose(

@@ -132,7 +132,7 @@ def check_labels(step: int, metrics: dict[str, float], note: str) -> None:
     if not 0 <= step <= STEP_MAX:
         raise LimitExceeded(f"step {step} is not between 0 and 2**53")
     if len(note.encode()) > NOTE_BYTES_MAX:
-        raise LimitExceeded(f"the note has more than {NOTE_BYTES_MAX} bytes")
+        raise LimitExceeded(f"the note has {len(note.encode())} bytes, at most {NOTE_BYTES_MAX} are allowed")
     if len(metrics) > METRICS_MAX or any(len(name.encode()) > 256 for name in metrics):
         raise LimitExceeded(f"more than {METRICS_MAX} metrics, or one with a name of more than 256 bytes")
     if not all(math.isfinite(value) for value in metrics.values()):

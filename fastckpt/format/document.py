@@ -68,7 +68,9 @@ def unseal_version(data: bytes, version_max: int, features: frozenset[str], what
     if any(isinstance(name, list | dict) for name in wanted):  # too deep a one could not even be shown
         raise FormatError(f"{what}: a feature without a name")
     if unknown := sorted(str(name) for name in wanted if not isinstance(name, str) or name not in features):
-        raise UnsupportedVersion(f"{what}: needs features unknown to this fastckpt: {', '.join(unknown)}")
+        raise UnsupportedVersion(
+            f"{what}: needs features unknown to this fastckpt: {', '.join(unknown)}; install a newer one"
+        )
 
 
 def unseal_loosely(data: bytes, what: str) -> dict[str, Any]:

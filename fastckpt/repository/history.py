@@ -81,7 +81,9 @@ class History:
         if numbers != list(range(1, len(numbers) + 1)):
             gap = next((n for n, have in enumerate(numbers, 1) if n != have), len(numbers) + 1)
             raise SnapshotDamaged(
-                f"{self._store.url}: {names.decision(gap)} is missing from the history", object=names.decision(gap)
+                f"{self._store.url}: {names.decision(gap)} is missing from the history; put it back from a copy. "
+                "`fastckpt verify --all` says what can still be read",
+                object=names.decision(gap),
             )
         if not numbers:
             return
@@ -219,7 +221,11 @@ class History:
             if _settle(self._store, name, data):
                 self._follow(entry, data)
                 return entry
-        raise StorageError(f"{self._store.url}: lost {_RACES_MAX} races for the next decision in a row", transient=True)
+        raise StorageError(
+            f"{self._store.url}: lost {_RACES_MAX} races for the next decision in a row: other jobs are saving here, "
+            "stop all but one",
+            transient=True,
+        )
 
     def _check_still_there(self) -> None:
         """``AnotherWriter`` if the history that was read is gone or another one is in its place: whoever deletes a
