@@ -249,6 +249,7 @@ NESTED = bytes.fromhex("0300000000000000919101")
         (packed(["int", 0]), "shortest"),
         (packed(["scalar", "object"], b"x" * 8), "unknown numpy dtype"),
         (packed(["scalar", "float32"], b"abc"), "cut short"),
+        (packed(["scalar", "bool"], b"\xfe"), "neither 0 nor 1"),
         (packed(["array", "complex32", 0], b"abcd"), "unknown numpy dtype"),
         (packed(["array", "int8", 1, 3], b"ab"), "cut short"),
         (packed(["array", "int8", 1, 3], b"abcd"), "left over"),
