@@ -38,8 +38,8 @@ set are ordered by their encodings (each as if it were a whole value), compared 
 A reader refuses: anything msgpack does not write in its shortest form (and float 32); a token array with a missing or
 left-over token; left-over data; an unknown tag, dtype or device; equal keys or members (as Python compares: 1, 1.0 and
 true are equal, NaN is equal to nothing); members whose encodings fall; a bool scalar that is neither 0 nor 1; an array
-header that claims more tokens than there are bytes; a rank above 64 (32 for numpy's); sizes whose product, zeros counted
-as ones, times the item bytes is above 2^63 - 1.
+header that claims more tokens than there are bytes; a rank above 64 (32 for numpy's); sizes whose product, zeros
+counted as ones, times the item bytes is above 2^63 - 1.
 Limits: 10,000,000 tokens; 32 containers inside each other; 100 keys, or members, of one container with the same hash
 (as Python hashes numbers).
 
