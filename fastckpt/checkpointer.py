@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import operator
@@ -217,11 +218,13 @@ class Checkpointer:
             )
         self._steps.add(step)
         self._pending, self._staging = pending, offered
-        before = self._thread
-        self._thread = threading.Thread(
-            target=self._run, args=(pending, offered, attempt, labels, before), name="fastckpt-save", daemon=True
-        )
-        self._thread.start()
+        work = (pending, offered, attempt, labels, self._thread)
+        thread = threading.Thread(target=self._run, args=work, name="fastckpt-save", daemon=True)
+        try:
+            thread.start()
+            self._thread = thread
+        except (RuntimeError, MemoryError):  # the system gives no thread: the loop waits for this save
+            self._run(*work)
         if copy:
             self._hold_step()
         pending._trace.add_since("return", pending._started)
@@ -263,8 +266,10 @@ class Checkpointer:
         pending._finish(None)
         self._log_commit(pending)
         if self._cleaner is None:
-            self._cleaner = threading.Thread(target=self._clean, name="fastckpt-clean", daemon=True)
-            self._cleaner.start()
+            cleaner = threading.Thread(target=self._clean, name="fastckpt-clean", daemon=True)
+            with contextlib.suppress(RuntimeError, MemoryError):  # the next save tries again
+                cleaner.start()
+                self._cleaner = cleaner
 
     def _staging_pool(self, attempt: Attempt) -> Pool:
         """The pool, made or enlarged to fit; its memory is kept from one save to the next."""

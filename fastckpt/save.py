@@ -178,8 +178,8 @@ class Saves:
         self._offered = b""
         self._agreed: Agreed | None = None
         self._writer: ChunkWriter | None = None
-        # Of aborted attempts, whose packs could not be deleted yet. What is still there at the end goes with the next
-        # job's cleaning.
+        # Of attempts that failed, whose packs could not be deleted yet: the store failed, or the history did not tell.
+        # What is still there at the end goes with the next job's cleaning.
         self._discarded: list[ChunkWriter] = []
         # The coordinator's side.
         self._committer: Committer | None = None
@@ -302,8 +302,6 @@ class Saves:
         """Stages and writes this rank's chunks; its packs are durable on return. ``on_staged`` is called once, when no
         live tensor is going to be read any more, be it for a failure. Raises what failed, with nothing left staged or
         open."""
-        self._check_same_repository(attempt)
-        self._delete_discarded()  # it may need the room
         agreed = attempt.agreed
         layout = agreed.layout
         writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
@@ -314,12 +312,15 @@ class Saves:
         }
         staged: queue.SimpleQueue[tuple[int, Slot, int] | None] = queue.SimpleQueue()
         failures: list[BaseException] = []
+        begin = _Once(lambda: self._begin(attempt))
         threads: list[threading.Thread] = []
         try:
+            if not agreed.mine:
+                begin()
             for number in range(min(STREAMS, len(agreed.mine))):
                 stream = writer.stream()
                 thread = threading.Thread(
-                    target=_write_stream, args=(stream, staged, pool, failures), name=f"fastckpt-write-{number}"
+                    target=_write_stream, args=(stream, staged, pool, failures, begin), name=f"fastckpt-write-{number}"
                 )
                 thread.daemon = True
                 thread.start()
@@ -347,6 +348,11 @@ class Saves:
             # A stream's failure cancels the pool, which then fails the staging too: the first one is the cause.
             raise failures[0]
         return writer
+
+    def _begin(self, attempt: Attempt) -> None:
+        """Before the first byte is written. Not before staging, which must not wait for storage."""
+        self._check_same_repository(attempt)
+        self._delete_discarded()  # it may need the room
 
     def _check_same_repository(self, attempt: Attempt) -> None:
         """Every rank must write to the place that the coordinator commits in: a path may mean another one here."""
@@ -406,6 +412,8 @@ class Saves:
                     raise written from written.__cause__
                 # Others may have stopped waiting for this rank before it could say what is wrong.
                 raise (error if isinstance(error, RankFailed) else combined({self._rank: written})) from written
+            if len(self._nodes) == 1 and isinstance(error, RankFailed) and error.failures:
+                raise error.failures[0] from None
             raise
 
     def _written(self, attempt: Attempt, written: ChunkWriter, values: Mapping[str, bytes]) -> _Written:
@@ -491,19 +499,46 @@ class Saves:
                     f"{error}. Whether step {attempt.step} is or will be committed is not known: the history {read}. "
                     "Once the storage answers, `fastckpt ls` shows it if it is, and the next save works either way",
                 )
+            self._discard(attempt)
             return None
         if result.fenced and result.committed is None and not isinstance(error, AnotherWriter):
             raise AnotherWriter(
                 f"{self._store.url}: a later job has opened this repository and removed what this one was writing; "
                 f"attempt {attempt.id} can never be committed. Stop one of the two jobs"
             ) from error
-        if result.aborted and self._writer is not None and self._writer.attempt == attempt.id:
-            self._discarded.append(self._writer)
+        if result.aborted:
+            self._discard(attempt)
             self._delete_discarded()
         return result.committed
 
+    def _discard(self, attempt: Attempt) -> None:
+        if self._writer is not None and self._writer.attempt == attempt.id:
+            self._discarded.append(self._writer)
+
     def _delete_discarded(self) -> None:
-        self._discarded = [writer for writer in self._discarded if not writer.delete()]
+        """Deletes what attempts wrote that the history says are aborted; keeps in mind those it does not tell of."""
+        for writer in list(self._discarded):
+            try:
+                result = outcome(self._store, writer.attempt, repository.Repository(self._store).format_digest)
+            except FastckptError:
+                return  # another time
+            if result.committed or (result.aborted and writer.delete()):
+                self._discarded.remove(writer)
+
+
+class _Once:
+    """Calls ``function`` for the first who calls this; the others wait for that."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._called = False
+
+    def __call__(self) -> None:
+        with self._lock:
+            if not self._called:
+                self._called = True
+                self._function()
 
 
 def _typed(error: BaseException, step: int) -> BaseException:
@@ -549,8 +584,14 @@ def _write_stream(
     staged: queue.SimpleQueue[tuple[int, Slot, int] | None],
     pool: Pool,
     failures: list[BaseException],
+    begin: Callable[[], None],
 ) -> None:
     """Hashes and writes what is staged until told to stop. After a failure, only gives the slots back."""
+    try:
+        begin()
+    except BaseException as error:
+        failures.append(error)
+        pool.cancel()
     while (item := staged.get()) is not None:
         row, slot, size = item
         try:

@@ -7,6 +7,7 @@ import re
 from fastckpt.errors import FormatError
 
 FORMAT = "FORMAT"
+FOLDERS = ("attempts", "decisions", "layouts", "packs")
 _WRITER = r"[0-9]{12}-[0-9a-f]{16}"
 _WRITER_ONLY = re.compile(_WRITER)
 _ATTEMPT = re.compile(rf"({_WRITER})-([0-9]{{6,9}})")

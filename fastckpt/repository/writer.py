@@ -349,7 +349,7 @@ class Committer:
                 if opened >= own or child in committed:
                     continue
                 deleted += self._delete_all(f"{folder}/{child}")
-        return deleted + self._store.sweep()
+        return deleted + self._store.sweep(names.FOLDERS)
 
     def _create_layout(self, data: bytes) -> str:
         digest = document.digest(data)

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from fastckpt.errors import StorageError
@@ -70,7 +70,7 @@ class Call(Generic[_Result]):
 
 class Callers:
     """Daemon threads that make calls for others. Any thread may start one; a thread whose call is back is used again,
-    and ends when that is not soon."""
+    and ends when that is not soon. Where no thread can be started, ``start`` makes the call itself."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -83,20 +83,29 @@ class Callers:
         self._under_way: set[Call[object]] = set()
 
     def start(self, function: Callable[[], _Result]) -> Call[_Result]:
-        if os.getpid() != self._process:  # a forked child has none of the threads
-            self._forget()
+        self._forget_after_fork()
         call = Call(function)
         with self._lock:
             self._under_way.add(call)  # type: ignore[arg-type]
             calls = self._idle.pop() if self._idle else None
         if calls is None:
             calls = queue.SimpleQueue()
-            threading.Thread(target=self._serve, args=(calls,), name=self._name, daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(calls,), name=self._name, daemon=True).start()
+            except (RuntimeError, MemoryError):
+                # No thread is to be had, from a full system or an interpreter on its way out: better late than never.
+                self._make(call)  # type: ignore[arg-type]
+                return call
         calls.put(call)  # type: ignore[arg-type]
         return call
 
+    def _forget_after_fork(self) -> None:
+        if os.getpid() != self._process:  # a forked child has none of the threads, and maybe a lock that nobody holds
+            self._forget()
+
     def oldest(self) -> float | None:
         """When the oldest call under way was started, on ``time.monotonic()``; None if all are back."""
+        self._forget_after_fork()
         with self._lock:
             return min((call.started for call in self._under_way), default=None)
 
@@ -110,12 +119,16 @@ class Callers:
                         self._idle.remove(calls)  # nobody can hand it a call any more
                         return
                 continue
-            call._run()
-            with self._lock:
-                self._under_way.remove(call)
-                self._idle.append(calls)
-            call._done.set()
+            self._make(call, calls)
             del call  # what it returned belongs to who waited
+
+    def _make(self, call: Call[object], calls: queue.SimpleQueue[Call[object]] | None = None) -> None:
+        call._run()
+        with self._lock:
+            self._under_way.remove(call)
+            if calls is not None:
+                self._idle.append(calls)
+        call._done.set()
 
 
 class DeadlineStore:
@@ -176,8 +189,8 @@ class DeadlineStore:
     def delete(self, name: str) -> None:
         self._answer(f"delete {name!r}", lambda: self._store.delete(name))
 
-    def sweep(self) -> int:
-        return self._answer("sweep", self._store.sweep)
+    def sweep(self, folders: Sequence[str]) -> int:
+        return self._answer("sweep", lambda: self._store.sweep(folders))
 
     def free_bytes(self) -> int | None:
         with contextlib.suppress(StorageError):

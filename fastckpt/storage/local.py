@@ -136,9 +136,9 @@ class LocalStore:
                 os.unlink(leaf, dir_fd=parent)
             self._remove_empty_directories(name)
 
-    def sweep(self) -> int:
+    def sweep(self, folders: Sequence[str]) -> int:
         with self._explained("sweep", ""), self._directory_or_none("") as root:
-            return 0 if root is None else _sweep(root)
+            return 0 if root is None else _sweep(root, folders)
 
     def free_bytes(self) -> int | None:
         found = self._file_system()
@@ -394,7 +394,7 @@ def _create(parent: int, leaf: str, content: memoryview) -> bool:
             _release(file)
             raise
         os.close(file)
-        created = _link_if_absent(parent, temporary, leaf, identity)
+        created = _link_if_absent(parent, temporary, leaf, identity, content)
     finally:
         with suppress(OSError):
             os.unlink(temporary, dir_fd=parent)
@@ -410,7 +410,7 @@ def _temporary(leaf: str) -> str:
 _IS_TEMPORARY = re.compile(r"\.[A-Za-z0-9_-][A-Za-z0-9._-]*\.[0-9a-f]{32}").fullmatch
 
 
-def _link_if_absent(parent: int, temporary: str, leaf: str, identity: _Identity) -> bool:
+def _link_if_absent(parent: int, temporary: str, leaf: str, identity: _Identity, content: memoryview) -> bool:
     try:
         try:
             os.link(temporary, leaf, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
@@ -421,8 +421,13 @@ def _link_if_absent(parent: int, temporary: str, leaf: str, identity: _Identity)
     except OSError as error:
         # A network file system may have done it, lost the answer, and report its own second try: look who is there.
         with suppress(OSError):
-            if _identity(os.stat(leaf, dir_fd=parent, follow_symlinks=False)) == identity:
-                return True
+            # By its bytes too: if the temporary file was swept, its inode may be another writer's object by now.
+            file = os.open(leaf, _READ, dir_fd=parent)
+            try:
+                if _identity(os.fstat(file)) == identity and os.read(file, len(content) + 1) == content:
+                    return True
+            finally:
+                _release(file)
         if isinstance(error, FileExistsError):
             return False
         raise
@@ -549,9 +554,9 @@ def _objects(directory: int, prefix: str, depth: int = 0) -> Iterator[ObjectInfo
             _release(below)
 
 
-def _sweep(directory: int, depth: int = 0) -> int:
-    """Removes temporary files, and below the uppermost directories those that are empty. Whoever was about to give a
-    temporary file its name, or to use a directory, finds it gone and makes it again."""
+def _sweep(directory: int, folders: Sequence[str] | None = None, depth: int = 0) -> int:
+    """Removes temporary files, and directories below ``folders`` that are empty. Whoever was about to give a temporary
+    file its name, or to use a directory, finds it gone and makes it again."""
     with os.scandir(directory) as found:
         entries = list(found)
     count = 0
@@ -560,11 +565,15 @@ def _sweep(directory: int, depth: int = 0) -> int:
             with suppress(FileNotFoundError):
                 os.unlink(entry.name, dir_fd=directory)
                 count += 1
-        elif is_component(entry.name) and entry.is_dir(follow_symlinks=False) and depth < _DEPTH_MAX:
+        elif (
+            (is_component(entry.name) if folders is None else entry.name in folders)
+            and entry.is_dir(follow_symlinks=False)
+            and depth < _DEPTH_MAX
+        ):
             with suppress(FileNotFoundError):
                 below = _open_subdirectory(directory, entry.name)
                 try:
-                    count += _sweep(below, depth + 1)
+                    count += _sweep(below, None, depth + 1)
                 finally:
                     _release(below)
             if depth:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fastckpt.errors import ObjectExists, ObjectNotFound, StorageError
 from fastckpt.storage.names import check_name, check_prefix
@@ -85,7 +85,7 @@ class MemoryStore:
         with self._lock:
             self._remove(name)
 
-    def sweep(self) -> int:
+    def sweep(self, folders: Sequence[str]) -> int:
         return 0
 
     def free_bytes(self) -> int | None:

@@ -5,7 +5,7 @@ Every store passes ``fastckpt.testing.StoreContract``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -90,9 +90,10 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """Removes the object; absent is no error. Need not be durable: nothing relies on a name being gone."""
 
-    def sweep(self) -> int:
-        """Removes what operations of dead processes left behind that is no object, such as temporary files; returns
-        how many. Safe at any time: an operation of a living process that it hits is done again, unnoticed."""
+    def sweep(self, folders: Sequence[str]) -> int:
+        """Removes what operations of dead processes left behind that is no object, such as temporary files, at the top
+        and below these uppermost folders; returns how much. Safe at any time: an operation of a living process that it
+        hits is done again, unnoticed."""
 
     def free_bytes(self) -> int | None:
         """About how many bytes can still be written: cheap, never raises; None if that is not known. 0 too if there is

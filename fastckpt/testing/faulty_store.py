@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from fastckpt.errors import StorageError
@@ -129,8 +129,8 @@ class FaultyStore:
     def delete(self, name: str) -> None:
         self._faults.run("delete", name, lambda: self.store.delete(name))
 
-    def sweep(self) -> int:
-        return self._faults.run("sweep", "", lambda: self.store.sweep())
+    def sweep(self, folders: Sequence[str]) -> int:
+        return self._faults.run("sweep", "", lambda: self.store.sweep(folders))
 
     def free_bytes(self) -> int | None:
         """Not counted: nothing that is written depends on it."""

@@ -741,13 +741,16 @@ def test_sweeping_removes_what_dead_processes_left_and_nothing_else(tmp_path, st
     outside.mkdir()
     (outside / f".x.{'0' * 32}").write_bytes(b"somebody else's")
     (root / "a/link").symlink_to(outside)
-    store.sweep()
+    (root / "logs/today").mkdir(parents=True)
+    (root / f"logs/.x.{'0' * 32}").write_bytes(b"somebody else's")
+    store.sweep(["a", "empty"])
     (root / "a/link").unlink()
-    assert _files(root) == sorted([*kept, "FORMAT", "a/b", "a/c/d"])
+    assert _files(root) == sorted([*kept, "FORMAT", "a/b", "a/c/d", f"logs/.x.{'0' * 32}"])
+    assert (root / "logs/today").exists()
     assert not (root / "a/e").exists()
     assert (root / "empty").exists()
     assert _files(outside)
-    assert store.sweep() == 0
+    assert store.sweep(["a"]) == 0
 
 
 def test_an_operation_that_is_swept_away_is_done_again(tmp_path, store, monkeypatch):
@@ -757,14 +760,14 @@ def test_an_operation_that_is_swept_away_is_done_again(tmp_path, store, monkeypa
     def link(*args, **kwargs):
         links.append(args)
         if len(links) == 1:
-            assert other.sweep() == 1
+            assert other.sweep(["a", "p"]) == 1
         real_link(*args, **kwargs)
 
     def mkdir(*args, **kwargs):
         made.append(args)
         real_mkdir(*args, **kwargs)
         if len(made) == 2:
-            assert other.sweep() == 1
+            assert other.sweep(["a", "p"]) == 1
 
     store.create("a/first", b"x")
     monkeypatch.setattr(os, "link", link)
@@ -777,6 +780,28 @@ def test_an_operation_that_is_swept_away_is_done_again(tmp_path, store, monkeypa
     assert len(made) > 3
     assert other.read("a/second", size_max=100) == b"created"
     assert other.read("p/q/r/s", size_max=100) == b"streamed"
+
+
+def test_an_object_that_reuses_a_swept_files_inode_is_not_taken_for_ours(tmp_path, store, monkeypatch):
+    """Between closing its file and naming it a writer may stand still; meanwhile the file is swept, and another
+    writer's object gets its inode and the name."""
+    real_link, links = os.link, []
+
+    def link(*args, **kwargs):
+        links.append(args)
+        if len(links) > 1:
+            return real_link(*args, **kwargs)
+        LocalStore(tmp_path / "repository").sweep(["a"])
+        LocalStore(tmp_path / "repository").create("a/b", b"theirs")
+        return real_link(*args, **kwargs)  # its file is gone
+
+    store.create("a/first", b"x")
+    # Every file has one inode: whether a file system uses it again at once is its business.
+    monkeypatch.setattr(local, "_identity", lambda found: (found.st_dev, 7))
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(ObjectExists):
+        store.create("a/b", b"ours")
+    assert store.read("a/b", size_max=100) == b"theirs"
 
 
 def test_files_that_no_store_wrote_are_no_objects(tmp_path, store):

@@ -99,7 +99,7 @@ class FrozenStore:
     def free_bytes(self) -> None:
         return None
 
-    def sweep(self) -> NoReturn:
+    def sweep(self, folders: object) -> NoReturn:
         raise AssertionError("reading does not write")
 
     def create(self, name: str, data: object) -> NoReturn:

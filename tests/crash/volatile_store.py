@@ -123,8 +123,8 @@ class VolatileStore:
             self._memory.delete(name)
             self._enter(Logged("delete", name))
 
-    def sweep(self) -> int:
-        return self._memory.sweep()
+    def sweep(self, folders: Sequence[str]) -> int:
+        return self._memory.sweep(folders)
 
     def free_bytes(self) -> int | None:
         return self._memory.free_bytes()
