@@ -120,6 +120,8 @@ class Shortage:
             if step in short:
                 self.give()
                 found = self._after_short(store, outcomes, state, seen)
+                if all(isinstance(outcome, Live) for outcome in outcomes):
+                    self._short_steps.discard(step)  # it was reported after all, and has to restore
             else:
                 found = after_undisturbed(store, step, outcomes, self.spec) or self._left_behind(store)
             if descriptors() != state.descriptors:

@@ -365,6 +365,7 @@ def fault_points(calls: Iterable[Call], seed: int, count: int | None) -> list[Po
         faults = [*ERRORS, "short"] if call.name in SHORT else ERRORS
         for fault, persistent in itertools.product(faults, (False, True)):
             kinds.setdefault((call.name, fault, persistent), []).append(Point(call.name, number, fault, persistent))
+    assert count is None or count >= len(kinds), f"{len(kinds)} kinds of failure, of which {count} would be tried"
     generator = random.Random(seed)
     chosen = []
     for (name, fault, _), points in kinds.items():
