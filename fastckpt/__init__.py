@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fastckpt.errors import StorageError as StorageError
     from fastckpt.errors import TopologyError as TopologyError
     from fastckpt.errors import UnsupportedVersion as UnsupportedVersion
-    from fastckpt.job.state import RNGState as RNGState
-    from fastckpt.job.state import Shard as Shard
+    from fastckpt.job.rng import RNGState as RNGState
+    from fastckpt.job.tensors import Shard as Shard
     from fastckpt.options import Options as Options
     from fastckpt.repository.reader import Snapshot as Snapshot
     from fastckpt.repository.repository import open as open  # noqa: A004 - the public name
@@ -43,8 +43,8 @@ _HOME = {
     "Checkpointer": "checkpointer",
     "Options": "options",
     "Pending": "checkpointer",
-    "RNGState": "job.state",
-    "Shard": "job.state",
+    "RNGState": "job.rng",
+    "Shard": "job.tensors",
     "Snapshot": "repository.reader",
     "open": "repository.repository",
     **dict.fromkeys(

@@ -30,8 +30,9 @@ from fastckpt.errors import (
 from fastckpt.format.decision import check_labels
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
+from fastckpt.job.optimizer import broken_step_hook_reason
 from fastckpt.job.staging import Fence, Staging, staging_bytes
-from fastckpt.job.state import broken_step_hook_reason, describe, holds_something
+from fastckpt.job.state import describe, holds_something
 from fastckpt.job.targets import RestoredValue, Targets, find_targets
 from fastckpt.options import Options
 from fastckpt.plan.restore_plan import Catalog, Selection

@@ -27,7 +27,8 @@ from fastckpt.format import value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
-from fastckpt.job.state import Description, Held
+from fastckpt.job.state import Description
+from fastckpt.job.tensors import Held
 from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer, RankOffer
 
 SAMPLES = 64

@@ -17,18 +17,12 @@ from torch.distributed.tensor import DTensor
 from fastckpt.format import value
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
+from fastckpt.job.modules import Parameters, Place, describe_modules
+from fastckpt.job.optimizer import TARGET_ONLY_OPTIONS
+from fastckpt.job.rng import RNGState
 from fastckpt.job.staging import BITS, bits
-from fastckpt.job.state import (
-    TARGET_ONLY_OPTIONS,
-    Held,
-    ParameterNames,
-    RNGState,
-    Shard,
-    Stateful,
-    describe_modules,
-    hold,
-    hold_shard,
-)
+from fastckpt.job.state import Stateful
+from fastckpt.job.tensors import Held, Shard, hold, hold_shard
 from fastckpt.job.values import from_plain, to_plain, torch_dtype
 from fastckpt.plan.restore_plan import Catalog, Selection, Stored, Want
 
@@ -98,7 +92,7 @@ def find_targets(
     rank: int,
 ) -> Targets:
     """Everything that restoring a snapshot into ``state`` takes, and every reason why it cannot be done."""
-    finding = _Finding(state, catalog, values, selection, keep_missing, cast, rank, ParameterNames(state))
+    finding = _Finding(state, catalog, values, selection, keep_missing, cast, rank, Parameters(state))
     for name, item in state.items():
         finding.item(name, item)
     finding.note_extra()
@@ -114,14 +108,14 @@ class _Finding:
     keep_missing: bool
     cast: bool
     rank: int
-    names: ParameterNames
+    parameters: Parameters
     targets: Targets = field(default_factory=Targets)
     filled: dict[tuple[Any, ...], tuple[str, int]] = field(default_factory=dict)
     """For each tensor of the state, the first key it is filled under, and the number of the stored one."""
 
     def item(self, name: str, item: Any) -> None:
         if isinstance(item, nn.Module):
-            held, extra = describe_modules(name, item)
+            held, extra = describe_modules(name, item, self.parameters.declared)
             for entry in held:
                 self.tensor(entry)
             for key, module in extra.items():
@@ -242,8 +236,7 @@ class _Finding:
             self.problem(f"{name}: its parameter groups differed between the ranks that saved them")
             return
         tree: Any = from_plain(value.decode(found.blob), {})
-        names = self.names.of(optimizer)
-        ours = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        ours = [[own for owned in members for own, _ in owned.places] for members in self.parameters.of(optimizer)]
 
         def renamed(own: str) -> str:
             return self.selection.renamed(f"{found.saved}.state.{own}.").removeprefix(f"{name}.state.")[:-1]
@@ -278,14 +271,13 @@ class _Finding:
     ) -> None:
         """Makes the optimizer's state what the snapshot has: no step is taken to create it, and what the snapshot has
         not is dropped, so that a warm optimizer can go back to a state before its first step."""
-        names = self.names.of(optimizer)
         stored: dict[str, dict[str, Stored]] = {}
         for rest, entry in self.catalog.below(f"{name}.state.").items():
             own, _, key = rest.rpartition(".")
             stored.setdefault(own, {})[key] = entry
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                own = names[id(parameter)]
+        for group, members in zip(optimizer.param_groups, self.parameters.of(optimizer), strict=True):
+            for owned in members:
+                parameter, (own, place) = owned.parameter, owned.places[0]
                 if self.keep_missing and own not in stored and own not in scalars:
                     continue
                 state: dict[str, Any] = dict(scalars.get(own, {}))
@@ -293,10 +285,10 @@ class _Finding:
                     full = f"{name}.state.{own}.{key}"
                     self.targets.used.add(full)
                     tensor = optimizer.state.get(parameter, {}).get(key)
-                    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != entry.shape:
-                        tensor = _state_like(parameter, key, entry, group)
+                    if not isinstance(tensor, torch.Tensor) or place.hold(full, tensor).shape != entry.shape:
+                        tensor = _state_like(parameter, place, key, entry, group)
                     state[key] = tensor
-                    self.fill(hold(full, tensor), entry)
+                    self.fill(place.hold(full, tensor), entry)
                 self.targets.install.append(_installer(optimizer, parameter, state))
 
     def note_extra(self) -> None:
@@ -331,11 +323,13 @@ def _is_expanded(view: torch.Tensor) -> bool:
     return False
 
 
-def _state_like(parameter: torch.Tensor, key: str, stored: Stored, group: Mapping[str, Any]) -> torch.Tensor:
+def _state_like(
+    parameter: torch.Tensor, place: Place, key: str, stored: Stored, group: Mapping[str, Any]
+) -> torch.Tensor:
     """A state tensor such as the optimizer would have made for ``parameter``: sharded and laid out like it where it has
     its shape; a 0-d one on the CPU, as torch keeps step counters, unless the step runs on the device."""
     dtype = torch_dtype(stored.dtype)
-    if stored.shape == tuple(parameter.shape) and (stored.shape or key != "step"):
+    if stored.shape == place.shape and (stored.shape or key != "step"):
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     if not stored.shape:
         on_device = group.get("capturable") or group.get("fused")
