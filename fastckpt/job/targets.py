@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from fastckpt.format import value
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
-from fastckpt.job.modules import Parameters, Place, describe_modules
-from fastckpt.job.optimizer import TARGET_ONLY_OPTIONS
+from fastckpt.job.modules import Parameters, describe_modules
+from fastckpt.job.optimizer_targets import find_optimizer
 from fastckpt.job.rng import RNGState
 from fastckpt.job.staging import BITS, bits
 from fastckpt.job.state import Stateful
@@ -92,7 +92,7 @@ def find_targets(
     rank: int,
 ) -> Targets:
     """Everything that restoring a snapshot into ``state`` takes, and every reason why it cannot be done."""
-    finding = _Finding(state, catalog, values, selection, keep_missing, cast, rank, Parameters(state))
+    finding = Finding(state, catalog, values, selection, keep_missing, cast, rank, Parameters(state))
     for name, item in state.items():
         finding.item(name, item)
     finding.note_extra()
@@ -100,7 +100,9 @@ def find_targets(
 
 
 @dataclass
-class _Finding:
+class Finding:
+    """One walk over a state, noting what goes where and what does not fit."""
+
     state: dict[str, Any]
     catalog: Catalog
     values: Mapping[str, RestoredValue]
@@ -121,7 +123,7 @@ class _Finding:
             for key, module in extra.items():
                 self.value(key, module.set_extra_state)
         elif isinstance(item, torch.optim.Optimizer):
-            self.optimizer(name, item)
+            find_optimizer(self, name, item)
         elif isinstance(item, torch.Tensor):
             self.tensor(hold(name, item))
         elif isinstance(item, Shard):
@@ -228,69 +230,6 @@ class _Finding:
             self.fill(hold(key, tensors[key]), stored)
         return tensors
 
-    def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        found = self.find_value(name)
-        if found is None:
-            return
-        if not found.exact:
-            self.problem(f"{name}: its parameter groups differed between the ranks that saved them")
-            return
-        tree: Any = from_plain(value.decode(found.blob), {})
-        ours = [[own for owned in members for own, _ in owned.places] for members in self.parameters.of(optimizer)]
-
-        def renamed(own: str) -> str:
-            return self.selection.renamed(f"{found.saved}.state.{own}.").removeprefix(f"{name}.state.")[:-1]
-
-        theirs = [[renamed(own) for own in group["params"]] for group in tree["param_groups"]]
-        if ours != theirs:
-            self.problem(_group_difference(name, theirs, ours))
-            return
-        for group, saved in zip(optimizer.param_groups, tree["param_groups"], strict=True):
-            theirs_only = sorted(set(saved["options"]) - set(group))
-            ours_only = sorted(set(group) - set(saved["options"]) - {"params"})
-            if theirs_only and ours_only:  # either alone is a newer torch, or a scheduler's note
-                self.problem(f"{name}: another kind of optimizer was saved: it has {theirs_only}, this one {ours_only}")
-                return
-        self.optimizer_state(name, optimizer, {renamed(own): state for own, state in tree["state"].items()})
-
-        def restore_groups() -> None:
-            for group, saved in zip(optimizer.param_groups, tree["param_groups"], strict=True):
-                for option, setting in saved["options"].items():
-                    if option in TARGET_ONLY_OPTIONS:
-                        continue
-                    ours = group.get(option)
-                    if isinstance(ours, torch.Tensor):
-                        ours.copy_(torch.as_tensor(setting, dtype=ours.dtype).reshape(ours.shape))
-                    else:
-                        group[option] = setting
-
-        self.targets.apply.append(restore_groups)
-
-    def optimizer_state(
-        self, name: str, optimizer: torch.optim.Optimizer, scalars: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Makes the optimizer's state what the snapshot has: no step is taken to create it, and what the snapshot has
-        not is dropped, so that a warm optimizer can go back to a state before its first step."""
-        stored: dict[str, dict[str, Stored]] = {}
-        for rest, entry in self.catalog.below(f"{name}.state.").items():
-            own, _, key = rest.rpartition(".")
-            stored.setdefault(own, {})[key] = entry
-        for group, members in zip(optimizer.param_groups, self.parameters.of(optimizer), strict=True):
-            for owned in members:
-                parameter, (own, place) = owned.parameter, owned.places[0]
-                if self.keep_missing and own not in stored and own not in scalars:
-                    continue
-                state: dict[str, Any] = dict(scalars.get(own, {}))
-                for key, entry in stored.get(own, {}).items():
-                    full = f"{name}.state.{own}.{key}"
-                    self.targets.used.add(full)
-                    tensor = optimizer.state.get(parameter, {}).get(key)
-                    if not isinstance(tensor, torch.Tensor) or place.hold(full, tensor).shape != entry.shape:
-                        tensor = _state_like(parameter, place, key, entry, group)
-                    state[key] = tensor
-                    self.fill(place.hold(full, tensor), entry)
-                self.targets.install.append(_installer(optimizer, parameter, state))
-
     def note_extra(self) -> None:
         """What the snapshot has below the names that were asked for, and the state has no place for."""
         if self.selection.only and not self.targets.used and not self.targets.problems:
@@ -321,39 +260,3 @@ def _is_expanded(view: torch.Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
-
-
-def _state_like(
-    parameter: torch.Tensor, place: Place, key: str, stored: Stored, group: Mapping[str, Any]
-) -> torch.Tensor:
-    """A state tensor such as the optimizer would have made for ``parameter``: sharded and laid out like it where it has
-    its shape; a 0-d one on the CPU, as torch keeps step counters, unless the step runs on the device."""
-    dtype = torch_dtype(stored.dtype)
-    if stored.shape == place.shape and (stored.shape or key != "step"):
-        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    if not stored.shape:
-        on_device = group.get("capturable") or group.get("fused")
-        return torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
-    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False).new_zeros(stored.shape)
-
-
-def _installer(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, state: dict[str, Any]) -> Callable[[], None]:
-    def install() -> None:
-        if state:
-            optimizer.state[parameter] = state
-        else:
-            optimizer.state.pop(parameter, None)
-
-    return install
-
-
-def _group_difference(name: str, theirs: list[list[str]], ours: list[list[str]]) -> str:
-    if len(theirs) != len(ours):
-        return f"{name}: {len(theirs)} parameter groups in the snapshot, {len(ours)} in the state"
-    for number, (saved, group) in enumerate(zip(theirs, ours, strict=True)):
-        if saved != group:
-            gone = [own for own in saved if own not in group][:4]
-            new = [own for own in group if own not in saved][:4]
-            what = f"only in the snapshot: {gone}; only in the state: {new}" if gone or new else "in another order"
-            return f"{name}: the parameters of group {number} differ; {what}"
-    raise AssertionError("the groups are equal")
