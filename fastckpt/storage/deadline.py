@@ -46,11 +46,14 @@ class Call(Generic[_Result]):
         """What the call returned or raised; ``NoAnswer`` if it does neither for ``seconds``. To be taken once."""
         if not self._done.wait(max(0.0, seconds)) and not self._done.wait(_MOMENT_SECONDS):
             raise NoAnswer
-        outcome, self._outcome = self._outcome, None  # an error would hold itself, by its traceback
-        if isinstance(outcome, BaseException):
-            raise outcome
-        assert outcome is not None, "the result was taken before"
-        return outcome[0]
+        outcome, self._outcome = self._outcome, None
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            assert outcome is not None, "the result was taken before"
+            return outcome[0]
+        finally:
+            del outcome  # an error would hold itself, by its traceback, and with it all that the callers hold
 
     def leave_behind(self) -> None:
         """Nobody is going to ask for the result: whatever it holds is let go of."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -168,6 +170,26 @@ def test_what_a_call_returns_that_was_left_behind_is_let_go_of() -> None:
     call.leave_behind()
     speaks.set()
     assert gone.wait(PATIENT)
+
+
+def test_an_error_does_not_keep_alive_what_its_callers_hold() -> None:
+    store = DeadlineStore(MemoryStore("empty"), PATIENT)
+
+    class Held:
+        pass
+
+    def look_for(held: Held) -> weakref.ref[Held]:
+        with contextlib.suppress(ObjectNotFound):  # unlike pytest.raises, it keeps nothing
+            store.read("missing", size_max=1)
+            pytest.fail("there is no such object")
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        reference = look_for(Held())
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_that_nobody_needs_end() -> None:
