@@ -3,6 +3,7 @@
 python examples/callback.py [URL]
 """
 
+import signal
 import sys
 import tempfile
 
@@ -21,7 +22,8 @@ with fastckpt.Checkpointer(url) as ckpt:
     callback = fastckpt.Callback(
         ckpt,
         state,
-        every_steps=4,
+        every_steps=4,  # and every_seconds=900, or "auto": by what a save costs and how often the job fails
+        signals=(signal.SIGUSR1, signal.SIGTERM),  # the first asks for a save, the second also for the end
         failures_max=3,  # so many failed saves in a row are only logged
         on_committed=lambda snapshot: print(f"committed step {snapshot.step}: {snapshot.metrics}"),
     )
@@ -32,7 +34,7 @@ with fastckpt.Checkpointer(url) as ckpt:
         optimizer.step()
         optimizer.zero_grad()
         state["examples_seen"] += len(inputs)  # a plain value; a restore puts it back into the dict
-        if callback.on_step_end(step, {"loss": loss.item()}):
+        if callback.on_step_end(step, {"loss": loss.item()}):  # SIGTERM: this step is being saved, on all ranks
             break
     callback.on_train_end()  # waits for the last save, and raises if it failed
 print(f"{state['examples_seen']} examples seen; snapshots in {url}")

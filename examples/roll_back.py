@@ -12,6 +12,7 @@ import fastckpt
 
 url = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 
+torch.manual_seed(0)
 model = torch.nn.Linear(16, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 state = {"model": model, "optimizer": optimizer, "rng": fastckpt.RNGState()}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastckpt.errors import StorageError as StorageError
     from fastckpt.errors import TopologyError as TopologyError
     from fastckpt.errors import UnsupportedVersion as UnsupportedVersion
+    from fastckpt.job.per_rank import PerRank as PerRank
     from fastckpt.job.rng import RNGState as RNGState
     from fastckpt.job.tensors import Shard as Shard
     from fastckpt.options import Options as Options
@@ -43,6 +44,7 @@ _HOME = {
     "Checkpointer": "checkpointer",
     "Options": "options",
     "Pending": "checkpointer",
+    "PerRank": "job.per_rank",
     "RNGState": "job.rng",
     "Shard": "job.tensors",
     "Snapshot": "repository.reader",
@@ -73,7 +75,7 @@ _HOME = {
         "errors",
     ),
 }
-_NEEDS_TORCH = ("Callback", "Checkpointer", "Pending", "RNGState", "Shard")
+_NEEDS_TORCH = ("Callback", "Checkpointer", "Pending", "PerRank", "RNGState", "Shard")
 
 __all__ = list(_HOME)
 

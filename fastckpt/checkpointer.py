@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, Protocol, SupportsIndex
 
 from fastckpt import restore as restore_flow
 from fastckpt.buffers import Pool
@@ -25,17 +25,18 @@ from fastckpt.errors import (
     SnapshotDamaged,
     SnapshotExists,
     SnapshotNotFound,
-    StateMismatch,
 )
 from fastckpt.format.decision import check_labels
+from fastckpt.group import Group
+from fastckpt.job.asked import asked_names
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
 from fastckpt.job.optimizer import broken_step_hook_reason
 from fastckpt.job.staging import Fence, Staging, staging_bytes
-from fastckpt.job.state import describe, holds_something
+from fastckpt.job.state import describe
 from fastckpt.job.targets import RestoredValue, Targets, find_targets
 from fastckpt.options import Options
-from fastckpt.plan.restore_plan import Catalog, Selection
+from fastckpt.plan.restore_plan import Catalog, Fit, Selection
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
 from fastckpt.save import Attempt, Labels, Saves
@@ -127,6 +128,13 @@ class Pending:
         self._finished.set()
 
 
+class Closable(Protocol):
+    """What ends with a Checkpointer."""
+
+    def close(self) -> None:
+        """Waits for no save."""
+
+
 class Checkpointer:
     """Saves and restores the state of a training job.
 
@@ -159,14 +167,28 @@ class Checkpointer:
         self._cleaner: threading.Thread | None = None
         self._broken: BaseException | None = None
         self._closed = False
+        self._callbacks: weakref.WeakSet[Closable] = weakref.WeakSet()
+        self._callback_count = 0
         self._process = os.getpid()
         self._fence = Fence(self._hold_step) if self._options.fence == "hook" else None
-        # Daemon threads die with the interpreter; a save that was started is given a minute to get through.
-        atexit.register(_close_at_exit, weakref.ref(self))
+        _open.add(self)
 
     @property
     def url(self) -> str:
         return self._store.url
+
+    @property
+    def group(self) -> Group:
+        """The ranks that save together, as this one sees them. Any thread may speak through it, under names of its own:
+        this is what policies such as ``Callback`` agree by."""
+        return self._group
+
+    def add_callback(self, callback: Closable) -> int:
+        """Has ``close`` close ``callback`` too, if it still exists. Returns its number, which ranks that add theirs in
+        the same order have in common."""
+        self._callbacks.add(callback)
+        self._callback_count += 1
+        return self._callback_count
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: str = ""
@@ -356,12 +378,14 @@ class Checkpointer:
     ) -> int | None:
         """Restores ``state`` in place from the newest snapshot, or that of ``step``; returns its step, or None if there
         is no snapshot yet (an explicit step then is ``SnapshotNotFound``). All ranks call it; all restore the same
-        snapshot or all raise.
+        snapshot or all raise. The newest is the last one with every key that rank 0 asks for, but for what optimizers
+        keep; if none has them all, the last one. The log names those passed over.
 
-        ``state`` may name part of what was saved. ``only``: globs of names to restore, each with all that is below it;
-        an optimizer comes whole or not at all. ``rename``: prefixes of saved names to prefixes of names in the state.
-        ``missing="keep"`` leaves alone what the snapshot has not. ``cast`` converts dtypes. ``policy="previous"`` goes
-        on with the snapshot before where one proves to be damaged.
+        ``state`` may name part of what was saved. What one rank has no place for, another may have, as in a pipeline.
+        ``only``: globs of names to restore, each with all that is below it; an optimizer comes whole or not at all.
+        ``rename``: prefixes of saved names to prefixes of names in the state. ``missing="keep"`` leaves alone what the
+        snapshot has not. ``cast`` converts dtypes. ``policy="previous"`` goes on with the snapshot before where one
+        proves to be damaged.
 
         ``StateMismatch`` lists everything that does not fit, before anything is changed; ``SnapshotDamaged`` names key,
         shard, object and offset: then part of the state holds new values, and saving is refused until a restore
@@ -378,7 +402,7 @@ class Checkpointer:
         damage: SnapshotDamaged | None = None
         while True:
             snapshot = self._restores.choose(
-                step, names, before=before, or_earlier=policy == "previous", problem=problem
+                step, names, selection, before=before, or_earlier=policy == "previous", problem=problem
             )
             if snapshot is None:
                 if damage is not None:
@@ -425,39 +449,34 @@ class Checkpointer:
         if isinstance(only, str):
             raise TypeError(f"only={only!r} is a list of globs, not a string")
         selection = Selection(only, rename)
-        if missing == "keep" or rename:
-            return [], selection
-        return [
-            name for name, item in state.items() if selection.may_have(name) and holds_something(name, item)
-        ], selection
+        return [] if missing == "keep" else asked_names(state, selection), selection
 
     def _restore_from(
         self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
     ) -> None:
-        targets = self._restores.all_succeeded(
-            "plan", lambda: self._targets(snapshot, state, selection, keep_missing, cast)
+        targets = self._restores.all_fit(
+            snapshot, selection, lambda: self._targets(snapshot, state, selection, keep_missing, cast)
         )
         self._broken = RestoreError("a restore did not finish: part of the state holds new values, part old ones")
-        self._restores.all_succeeded("read", lambda: self._read(snapshot, targets))
+        self._restores.all_read(lambda: self._read(snapshot, targets))
         self._broken = None
 
     def _targets(
         self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
-    ) -> Targets:
+    ) -> tuple[Targets, Fit]:
         rank, size = self._group.rank, self._group.size
-        values = {
-            name: RestoredValue(blob, exact, snapshot.world_size, saved)
-            for name, (blob, exact, saved) in restore_flow.values_of(snapshot, rank, size, selection).items()
-        }
         catalog = Catalog(snapshot.layout, rank, size, selection)
+        found = restore_flow.values_of(snapshot, rank, size, selection)
+        # What is at the top is this rank's own, or missing; below are what modules say of themselves.
+        below = {name for name in asked_names(state, selection) if name not in state}
+        found |= restore_flow.values_elsewhere(snapshot, below - {*found, *catalog.tensors}, size, selection)
+        values = {
+            name: RestoredValue(saved, exact, snapshot.world_size, saved_name)
+            for name, (saved, exact, saved_name) in found.items()
+        }
         targets = find_targets(state, catalog, values, selection, keep_missing=keep_missing, cast=cast, rank=rank)
-        if targets.problems:
-            shown = "\n  ".join(targets.problems[:50])
-            more = f"\n  and {len(targets.problems) - 50} more" if len(targets.problems) > 50 else ""
-            raise StateMismatch(
-                f"{self.url}: step {snapshot.step} does not fit the state; nothing was changed:\n  {shown}{more}"
-            )
-        return targets
+        assert targets.fit is not None
+        return targets, targets.fit
 
     @staticmethod
     def _read(snapshot: Snapshot, targets: Targets) -> None:
@@ -475,6 +494,8 @@ class Checkpointer:
         """Waits for the last commit and raises what it failed with. May be called again. ``TimeoutError`` after
         ``timeout`` seconds; the save then goes on behind."""
         self._closed = True
+        for callback in list(self._callbacks):
+            callback.close()
         if self._pending is not None and not self._pending._finished.wait(timeout):
             raise TimeoutError(
                 f"step {self._pending.step} was not committed within {timeout} s; it goes on: close it again"
@@ -530,6 +551,17 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
 
+    def _wait_at_exit(self) -> None:
+        if self._process != os.getpid():
+            return
+        pending = self._pending
+        if pending is not None and not pending.done:
+            log.warning("%s: waiting for the last save; close the Checkpointer to see how it ends", self.url)
+            pending._finished.wait(CLOSE_SECONDS_AFTER_ERROR)
+        for failed in self._failed:
+            if not failed._raised:
+                log.error("%s: step %d was not saved: %s", self.url, failed.step, failed.error)
+
 
 def _checked_step(step: object) -> int:
     if isinstance(step, bool) or not isinstance(step, SupportsIndex):
@@ -537,14 +569,12 @@ def _checked_step(step: object) -> int:
     return operator.index(step)
 
 
-def _close_at_exit(reference: weakref.ref[Checkpointer]) -> None:
-    checkpointer = reference()
-    if checkpointer is None or checkpointer._process != os.getpid():
-        return
-    pending = checkpointer._pending
-    if pending is not None and not pending.done:
-        log.warning("%s: waiting for the last save; close the Checkpointer to see how it ends", checkpointer.url)
-        pending._finished.wait(CLOSE_SECONDS_AFTER_ERROR)
-    for failed in checkpointer._failed:
-        if not failed._raised:
-            log.error("%s: step %d was not saved: %s", checkpointer.url, failed.step, failed.error)
+_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+"""Those that have not been collected. One handler for all: each that is registered stays as long as the process."""
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    """Daemon threads die with the interpreter; a save that was started is given a minute to get through."""
+    for checkpointer in list(_open):
+        checkpointer._wait_at_exit()

@@ -58,6 +58,15 @@ class Group(Protocol):
         ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
         """
 
+    def post(self, name: str, data: bytes) -> None:
+        """Leaves ``data`` under ``name`` for any rank to see, in place of what was there. Any thread may call."""
+
+    def posted(self, name: str) -> bytes | None:
+        """What was posted last under ``name``, by any rank; None, without waiting, if nothing was."""
+
+    def withdraw(self, name: str) -> None:
+        """Removes what was posted under ``name``. Only for names that no rank but this one may be looking at."""
+
 
 class SoloGroup:
     """A group of one."""
@@ -66,10 +75,22 @@ class SoloGroup:
     size: int = 1
     nodes: tuple[int, ...] = (0,)
 
+    def __init__(self) -> None:
+        self._posted: dict[str, bytes] = {}
+
     def exchange(
         self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
     ) -> bytes:
         return decide({0: reply})
+
+    def post(self, name: str, data: bytes) -> None:
+        self._posted[name] = data
+
+    def posted(self, name: str) -> bytes | None:
+        return self._posted.get(name)
+
+    def withdraw(self, name: str) -> None:
+        self._posted.pop(name, None)
 
 
 class KeyValue(Protocol):
@@ -144,6 +165,15 @@ class KeyValueGroup:
                 self._unread.setdefault(member, []).extend([f"{base}/reply/{member}", f"{base}/answer/{member}"])
             self._kv.set(f"{base}/answer/{member}", data)
         return _raise_or_return(outcome)
+
+    def post(self, name: str, data: bytes) -> None:
+        self._kv.set(f"{self._prefix}/posted/{name}", data)
+
+    def posted(self, name: str) -> bytes | None:
+        return self._kv.get(f"{self._prefix}/posted/{name}", 0.0)
+
+    def withdraw(self, name: str) -> None:
+        self._kv.delete([f"{self._prefix}/posted/{name}"])
 
     def _get(self, key: str, deadline: float) -> bytes | None:
         return self._kv.get(key, max(0.0, deadline - time.monotonic()))

@@ -9,15 +9,16 @@ agree    one rank failed: all raise, naming it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 
-from fastckpt.errors import CommitTimeout, RankFailed, RestoreError, SnapshotDamaged
+from fastckpt.errors import CommitTimeout, RankFailed, RestoreError, SnapshotDamaged, StateMismatch
 from fastckpt.format.decision import Live
 from fastckpt.group import Assembly, Group, Reply
-from fastckpt.plan.restore_plan import Selection
+from fastckpt.plan.restore_plan import Fit, Selection, misfits
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
 from fastckpt.storage.store import Store
@@ -25,6 +26,8 @@ from fastckpt.storage.store import Store
 log = logging.getLogger("fastckpt")
 
 T = TypeVar("T")
+
+_ALL = Selection()
 
 
 class Restores:
@@ -41,13 +44,15 @@ class Restores:
         self,
         step: int | None,
         names: Sequence[str],
+        selection: Selection = _ALL,
         *,
         before: int | None = None,
         or_earlier: bool = False,
         problem: Exception | None = None,
     ) -> Snapshot | None:
-        """The snapshot all ranks restore, or None if there is none. ``names``: the top-level names asked for; the rest
-        as in ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise."""
+        """The snapshot all ranks restore, or None if there is none. ``names``: the keys and values asked for, after
+        ``selection``, which on the coordinator alone decide which snapshots have too little; the rest as in
+        ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise."""
 
         def decide(replies: Mapping[int, bytes]) -> bytes:
             if len(set(replies.values())) > 1:
@@ -58,7 +63,7 @@ class Restores:
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
             found = repository.Repository(self._store).choose(
-                step, lambda snapshot: _lacks(snapshot, names), before=before, or_earlier=or_earlier
+                step, lambda snapshot: _lacks(snapshot, names, selection), before=before, or_earlier=or_earlier
             )
             return msgspec.msgpack.encode(None if found is None else found.live)
 
@@ -70,16 +75,44 @@ class Restores:
         live = msgspec.msgpack.decode(answer, type=Live | None)
         return None if live is None else Snapshot(self._store, live)
 
-    def all_succeeded(self, name: str, run: Callable[[], T]) -> T:
-        """Runs ``run`` on every rank; if it raises on any, all raise."""
+    def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:
+        """What ``find`` finds to do on each rank, and how the snapshot fits there; ``StateMismatch`` on every rank if,
+        all together, it does not."""
+
+        def judge(replies: Mapping[int, bytes]) -> bytes:
+            fits = {rank: msgspec.msgpack.decode(reply, type=Fit) for rank, reply in replies.items()}
+            if lines := misfits(fits, snapshot.layout, selection):
+                raise StateMismatch(
+                    f"{self._store.url}: step {snapshot.step} does not fit the state; nothing was changed:\n  "
+                    + "\n  ".join(lines)
+                )
+            return b""
+
+        found, _ = self._all_do("plan", find, lambda both: msgspec.msgpack.encode(both[1]), judge)
+        return found
+
+    def all_read(self, read: Callable[[], None]) -> None:
+        """Runs ``read`` on every rank; if it raises on any, all raise."""
+        self._all_do("read", read, lambda _: b"", lambda _: b"")
+
+    def _all_do(
+        self,
+        name: str,
+        run: Callable[[], T],
+        reply: Callable[[T], bytes],
+        judge: Callable[[Mapping[int, bytes]], bytes],
+    ) -> T:
+        """Runs ``run`` on every rank; if it raises on any, or ``judge`` does on the coordinator, all raise."""
         result: T | None = None
         failure: Exception | None = None
+        line: Reply
         try:
             result = run()
+            line = reply(result)
         except Exception as error:
-            failure = error
+            line = failure = error
         try:
-            self._ask(name, b"" if failure is None else failure, lambda _: b"")
+            self._ask(name, line, judge)
         except (RankFailed, CommitTimeout) as error:
             # Ranks must draw the same conclusion: that the snapshot is damaged, only if that is all that happened.
             failures = error.failures.values() if isinstance(error, RankFailed) else ()
@@ -98,33 +131,77 @@ class Restores:
         )
 
 
+@dataclass(frozen=True)
+class SavedValue:
+    """A plain value of a snapshot, for one rank of the job that restores."""
+
+    snapshot: Snapshot
+    name: str
+    """It was saved under."""
+    blob: bytes
+    """As the first of ``ranks`` saved it, encoded."""
+    ranks: tuple[int, ...]
+    """In a world of the size that saved, this rank; in another, all that saved it, ascending."""
+    world_size: int
+    """Ranks of the job that restores."""
+
+
 def values_of(
     snapshot: Snapshot, rank: int, world_size: int, selection: Selection
-) -> dict[str, tuple[bytes, bool, str]]:
-    """The plain values that a rank may restore: encoded, whether they are exact, and the name they were saved under.
+) -> dict[str, tuple[SavedValue, bool, str]]:
+    """The plain values that a rank may restore, by their names in the state: the value, whether it is exact, and the
+    name it was saved under.
 
-    In a world of the same size each rank gets its own. In another, a value that all ranks had equal; of others, rank
-    0's, marked as not exact.
+    In a world of the same size each rank gets its own. In another, a value that all ranks that saved it had equal; of
+    others the lowest rank's, marked as not exact.
     """
-    same_world = snapshot.world_size == world_size
-    source = rank if same_world else 0
-    digests = [snapshot.value_digests(number) for number in ([rank] if same_world else range(snapshot.world_size))]
-    found: dict[str, tuple[bytes, bool, str]] = {}
-    for name in {name: None for own in digests for name in own}:
+    numbers = [rank] if snapshot.world_size == world_size else range(snapshot.world_size)
+    digests: dict[str, dict[int, str]] = {}
+    for number in numbers:
+        for name, digest in snapshot.value_digests(number).items():
+            digests.setdefault(name, {})[number] = digest
+    found: dict[str, tuple[SavedValue, bool, str]] = {}
+    for name, by_rank in digests.items():
         renamed = selection.renamed(name)
-        if selection.has(renamed) and name in snapshot.value_digests(source):
+        if selection.has(renamed):
             if renamed in found:
                 raise ValueError(f"rename makes {renamed} of two names of the snapshot")
-            exact = same_world or len({own.get(name) for own in digests}) == 1
-            found[renamed] = (snapshot.value_blob(name, source), exact, name)
+            ranks = tuple(by_rank)
+            saved = SavedValue(snapshot, name, snapshot.value_blob(name, ranks[0]), ranks, world_size)
+            found[renamed] = (saved, len(set(by_rank.values())) == 1, name)
     return found
 
 
-def _lacks(snapshot: Snapshot, names: Sequence[str]) -> list[str]:
-    """Those of these top-level names that a snapshot has nothing under."""
-    tops = {key.split(".", 1)[0] for key in snapshot.layout.keys}
-    tops |= {name.split(".", 1)[0] for name in snapshot.value_digests(0)}
-    return [name for name in names if name.split(".", 1)[0] not in tops]
+def values_elsewhere(
+    snapshot: Snapshot, names: Collection[str], world_size: int, selection: Selection
+) -> dict[str, tuple[SavedValue, bool, str]]:
+    """Those of these values that any rank saved, as ``values_of`` gives them to a job of another size: a layer that has
+    gone to another stage of a pipeline has its extra state there."""
+    found: dict[str, dict[int, str]] = {}
+    for rank in range(snapshot.world_size) if names else ():
+        for saved in snapshot.value_digests(rank):
+            if selection.renamed(saved) in names:
+                found.setdefault(saved, {})[rank] = snapshot.value_digests(rank)[saved]
+    return {
+        selection.renamed(saved): (
+            SavedValue(snapshot, saved, snapshot.value_blob(saved, min(ranks)), tuple(ranks), world_size),
+            len(set(ranks.values())) == 1,
+            saved,
+        )
+        for saved, ranks in found.items()
+    }
+
+
+def _lacks(snapshot: Snapshot, names: Sequence[str], selection: Selection) -> list[str]:
+    """Those of these keys and names of values that a snapshot has not."""
+    keys = {selection.renamed(key) for key in snapshot.layout.keys}
+    missing = [name for name in names if name not in keys]
+    for rank in range(snapshot.world_size):  # in most jobs the first has them all
+        if not missing:
+            break
+        values = {selection.renamed(name) for name in snapshot.value_digests(rank)}
+        missing = [name for name in missing if name not in values]
+    return missing
 
 
 def _as_restore_error(error: RankFailed | CommitTimeout) -> RestoreError:

@@ -21,9 +21,9 @@ from fastckpt import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastckpt"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "integrations").rglob("*.py")])
 
-PUBLIC = {"Checkpointer", "Pending", "Snapshot", "Callback", "Options", "Shard", "RNGState", "open"}
+PUBLIC = {"Checkpointer", "Pending", "Snapshot", "Callback", "Options", "Shard", "PerRank", "RNGState", "open"}
 
 OPTIONS = [
     "chunk_bytes",
@@ -36,7 +36,10 @@ OPTIONS = [
     "record_hosts",
 ]
 
-DOCUMENTS = ["README.md", "CHANGELOG.md", "fastckpt/ARCHITECTURE.md", "fastckpt/format/FORMAT.md", "tests/README.md"]
+DOCUMENTS = [
+    *("README.md", "CHANGELOG.md", "fastckpt/ARCHITECTURE.md", "fastckpt/format/FORMAT.md", "integrations/README.md"),
+    "tests/README.md",
+]
 
 ERRORS = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Exception)}
 

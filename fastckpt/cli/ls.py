@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from fastckpt.repository.reader import Snapshot
 
 
+METRICS_SHOWN_MAX = 4
+NOTE_CHARACTERS_MAX = 80
+"""A row stays a row; ``fastckpt show`` has the rest."""
+
+
 @dataclass
 class _Row:
     snapshot: Snapshot
@@ -31,6 +36,7 @@ def command(terminal: Terminal, repo: str, long: bool) -> int:
     """List the snapshots, oldest first.
 
     The state is "latest" for the one that a restore takes, and "superseded" where the same step was saved again later.
+    Metrics and long notes are cut; show and --json have all of them.
     """
     repository = open_repository(repo)
     rows = _rows(repository.snapshots())
@@ -75,10 +81,21 @@ def _read_details(rows: list[_Row]) -> None:
 def _cells(row: _Row, long: bool) -> list[str]:
     snapshot = row.snapshot
     details = ["" if row.new_bytes is None else size_text(row.new_bytes), "" if row.ranks is None else str(row.ranks)]
-    labels = [f"{name}={value:g}" for name, value in snapshot.metrics.items()]
-    note = " ".join([*labels, *([snapshot.note] if snapshot.note else [])])
     size = size_text(snapshot.bytes)
-    return [str(snapshot.step), snapshot.created, size, *(details if long else []), row.state, note]
+    return [str(snapshot.step), snapshot.created, size, *(details if long else []), row.state, _labels(snapshot)]
+
+
+def _labels(snapshot: Snapshot) -> str:
+    """Metrics and note, cut to what fits into a row."""
+    metrics, note = list(snapshot.metrics.items()), snapshot.note
+    words = [f"{_cut(name)}={value:g}" for name, value in metrics[:METRICS_SHOWN_MAX]]
+    if left := metrics[METRICS_SHOWN_MAX:]:
+        words.append(f"(and {len(left)} more)")
+    return " ".join([*words, *([_cut(note)] if note else [])])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= NOTE_CHARACTERS_MAX else text[: NOTE_CHARACTERS_MAX - 3] + "..."
 
 
 def _json(row: _Row, long: bool) -> dict[str, object]:

@@ -22,6 +22,7 @@ from fastckpt.cli.terminal import Group, Terminal, printable
 COMMANDS = {
     "ls": "fastckpt.cli.ls",
     "show": "fastckpt.cli.show",
+    "diff": "fastckpt.cli.diff",
     "restore": "fastckpt.cli.restore",
     "verify": "fastckpt.cli.verify",
     "doctor": "fastckpt.cli.doctor",
@@ -80,7 +81,7 @@ class Commands(Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastckpt-torch", message="fastckpt %(version)s")
 def commands() -> None:
-    """Snapshots of training jobs: list, show, verify, restore and import them; and ask what a
+    """Snapshots of training jobs: list, show, compare, verify, restore and import them; and ask what a
     directory and this machine are good for.
 
     REPO is a URL or a path. Where it is left out, FASTCKPT_REPOSITORY is used.

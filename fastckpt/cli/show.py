@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SHOWN_BYTES_MAX = 16 * 1024
 """Larger values are not decoded for ``--values``."""
 SHOWN_CHARACTERS_MAX = 500
+NAME_COLUMNS_MAX = 48
+"""Of a fact; a longer name pushes its value to the right."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,19 @@ class _Value:
 @repository_argument
 @step_option
 @click.option("--values", is_flag=True, help="Decode small plain values.")
+@click.option(
+    "--environment", is_flag=True, help="The record of software and hardware at the save, in place of what was saved."
+)
 @pass_terminal
-def command(terminal: Terminal, repo: str, step: int | None, values: bool) -> None:
-    """Show the keys, shapes, dtypes and plain values of a snapshot, and the environment it was saved in."""
+def command(terminal: Terminal, repo: str, step: int | None, values: bool, environment: bool) -> None:
+    """Show the keys, shapes, dtypes and plain values of a snapshot, or the environment it was saved in."""
+    if values and environment:
+        raise click.UsageError("--values and --environment exclude each other")
     repository = open_repository(repo)
     snapshot = repository.snapshot(step)
+    if environment:
+        _show_environment(terminal, repository.url, snapshot)
+        return
     keys, plain = _keys(snapshot), _values(snapshot, values)
     if terminal.json:
         terminal.document(_json(repository.url, snapshot, keys, plain))
@@ -69,6 +79,8 @@ def command(terminal: Terminal, repo: str, step: int | None, values: bool) -> No
         terminal.line(f"note         {snapshot.note}")
     if snapshot.metrics:
         terminal.line("metrics      " + " ".join(f"{name}={value:g}" for name, value in snapshot.metrics.items()))
+    if summary := _environment_text(snapshot.environment):
+        terminal.line(f"environment  {summary} (--environment shows all)")
     if keys:
         terminal.line()
         rows = [[k.key, k.dtype, str(k.shape), *_size_cells(k)] for k in keys]
@@ -80,12 +92,44 @@ def command(terminal: Terminal, repo: str, step: int | None, values: bool) -> No
             for v in plain
         ]
         terminal.table(["value", "size>", "ranks", *(["content"] * values)], shown)
-    if snapshot.environment:
+
+
+def _show_environment(terminal: Terminal, url: str, snapshot: Snapshot) -> None:
+    from fastckpt.repository.drift import FACTS_MAX, fact_text, facts
+
+    found = list(itertools.islice(facts(snapshot.environment), FACTS_MAX + 1))
+    whole = len(found) <= FACTS_MAX
+    # Facts that stand alone come first; those of one thing stay together.
+    shown = sorted(found[:FACTS_MAX], key=lambda fact: "." in fact[0])
+    head = {"repository": url, "step": snapshot.step, "created": snapshot.created}
+    if terminal.json:
+        terminal.document({**head, "attempt": snapshot.attempt, "facts": dict(shown), "complete": whole})
+        return
+    for label, value in head.items():
+        terminal.line(f"{label:<12} {value}")
+    width = min(NAME_COLUMNS_MAX, max((len(name) for name, _ in shown), default=0))
+    for _, group in itertools.groupby(shown, key=lambda fact: "." in fact[0] and fact[0].partition(".")[0]):
         terminal.line()
-        terminal.table(
-            ["environment", ""],
-            [[name, item if isinstance(item, str) else json.dumps(item)] for name, item in index.environment.items()],
-        )
+        for name, fact in group:
+            terminal.line(f"{name:<{width}}  {fact_text(fact)}")
+    if not whole:
+        terminal.note(f"only the first {FACTS_MAX} facts of the record are shown")
+    if not shown:
+        terminal.note(f"step {snapshot.step}: no environment was recorded")
+
+
+def _environment_text(record: object) -> str:
+    """What is asked for first, in a line; empty where none of it is recorded."""
+    from fastckpt.repository.drift import FACTS_MAX, fact_text, facts
+
+    known = {name: fact_text(fact) for name, fact in itertools.islice(facts(record), FACTS_MAX)}
+    labels = {"torch": "torch.version", "CUDA": "torch.cuda", "ROCm": "torch.hip", "Python": "python"}
+    words = [f"{label} {known[name]}" for label, name in labels.items() if name in known]
+    if "torch.version" in known:
+        words.append(known.get("accelerator.name", "no accelerator"))
+    if "code.commit" in known:
+        words.append(f"commit {known['code.commit'][:12]}{' changed' * (known.get('code.dirty') == 'true')}")
+    return ", ".join(words)
 
 
 def _size_cells(key: _Key) -> list[str]:

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, placement_types
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -17,8 +16,8 @@ Run = tuple[int, int, int]
 """Of one dimension: where a run of indices starts in the local tensor, where in the whole, and how long it is."""
 
 
-def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, torch.Tensor]]:
-    """The boxes this rank holds, each with the view of the local tensor that has its elements; none if it holds none.
+def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, Box]]:
+    """The boxes this rank holds, each with the box of the local tensor that has its elements; none if it holds none.
 
     ``ValueError`` naming ``key`` for placements that no box can describe.
     """
@@ -29,7 +28,6 @@ def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, torch.Tensor]]:
             raise ValueError(
                 f"{key}: cannot save a DTensor with placement {placement}; redistribute it to Shard or Replicate before"
             )
-    local = tensor._local_tensor.detach()
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the mesh
@@ -38,10 +36,10 @@ def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, torch.Tensor]]:
     runs = _runs(tuple(tensor.shape), tuple(tensor.placements), sizes, tuple(coordinate))
     boxes = []
     for combination in itertools.product(*runs):
-        view = local
-        for dim, (start, _, length) in enumerate(combination):
-            view = view.narrow(dim, start, length)
-        boxes.append((Box(tuple(at for _, at, _ in combination), tuple(n for _, _, n in combination)), view))
+        sizes = tuple(length for _, _, length in combination)
+        boxes.append(
+            (Box(tuple(at for _, at, _ in combination), sizes), Box(tuple(at for at, _, _ in combination), sizes))
+        )
     return boxes
 
 

@@ -33,6 +33,9 @@ DISTRIBUTIONS: Final = (
 )
 """Distributions whose versions are recorded if they are installed."""
 
+SDPA_BACKENDS: Final = ("flash", "mem_efficient", "math", "cudnn")
+"""The kernels that ``scaled_dot_product_attention`` may choose from, each with a switch in ``torch.backends.cuda``."""
+
 Plain = dict[str, Any]
 """Data that JSON can hold; what is in it depends on the machine."""
 
@@ -101,6 +104,7 @@ def _platform() -> Plain:
             "system": platform.system,
             "release": platform.release,
             "machine": platform.machine,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability,
             "libc": lambda: " ".join(platform.libc_ver()).strip() or None,
             "cpus": os.cpu_count,
             "memory_bytes": lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -174,13 +178,35 @@ def _accelerator() -> Plain | None:
 
 
 def _determinism() -> Plain:
+    """What a program sets that decides whether, and with which bits, a computation is repeated.
+
+    Not autocast: it is entered and left within a step, and says nothing at a save.
+    """
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return _known(
         {
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
-            "cudnn_benchmark": lambda: bool(torch.backends.cudnn.benchmark),
-            "cudnn_deterministic": lambda: bool(torch.backends.cudnn.deterministic),
+            "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled,
+            "fill_uninitialized_memory": lambda: bool(torch.utils.deterministic.fill_uninitialized_memory),  # type: ignore[attr-defined]
+            "cudnn_benchmark": lambda: bool(cudnn.benchmark),
+            "cudnn_deterministic": lambda: bool(cudnn.deterministic),
+            "cublas_workspace": _cublas_workspace,
+            # Each is refused by torch where the program has set the other.
             "float32_matmul_precision": torch.get_float32_matmul_precision,
+            "cuda_matmul_fp32_precision": lambda: str(cuda.matmul.fp32_precision),
+            "cudnn_conv_fp32_precision": lambda: str(cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
+            "cudnn_rnn_fp32_precision": lambda: str(cudnn.rnn.fp32_precision),  # type: ignore[attr-defined]
+            "fp16_accumulation": lambda: bool(cuda.matmul.allow_fp16_accumulation),
+            "fp16_reduced_precision_reduction": lambda: bool(cuda.matmul.allow_fp16_reduced_precision_reduction),
+            "bf16_reduced_precision_reduction": lambda: bool(cuda.matmul.allow_bf16_reduced_precision_reduction),
+            "sdpa_backends": lambda: [name for name in SDPA_BACKENDS if getattr(cuda, f"{name}_sdp_enabled")()],
             "default_dtype": lambda: str(torch.get_default_dtype()).removeprefix("torch."),
             "threads": torch.get_num_threads,
         }
     )
+
+
+def _cublas_workspace() -> str:
+    """cuBLAS repeats itself exactly only with a workspace of fixed size, and takes it from nowhere else."""
+    setting = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default")
+    return setting if re.fullmatch(r"default|(:[0-9]{1,8}){2,16}", setting) else "other"

@@ -6,7 +6,6 @@ import itertools
 import os
 import platform
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,8 +63,9 @@ def _node() -> str:
 class StoreKeyValue:
     """A torch ``Store`` whose calls come back in time, whatever the server does.
 
-    One client serialises its calls (a waiting thread blocks another's ``set``), so each thread that calls has a clone;
-    and connecting, or a call, may outlast the timeout it was given, so each runs on a thread that can be left behind.
+    One client serialises its calls (a waiting thread blocks another's ``set``), so calls at the same time have a clone
+    each; and connecting, or a call, may outlast the timeout it was given, so each runs on a thread that can be left
+    behind. Clones are used again: a new connection for every look at a key would be most of what the server does.
     """
 
     def __init__(self, store: Any, seconds_max: float = 60.0) -> None:
@@ -73,7 +73,9 @@ class StoreKeyValue:
         self._store = store
         self._seconds_max = seconds_max
         self._callers = Callers("fastckpt-key-value")
-        self._clones = threading.local()
+        self._process = os.getpid()
+        self._idle: list[Any] = []
+        """Clones that no call is using."""
 
     def set(self, key: str, value: bytes) -> None:
         self._call(lambda store: store.set(key, value), self._seconds_max)
@@ -102,9 +104,15 @@ class StoreKeyValue:
 
     def _call(self, call: Callable[[Any], T], seconds: float) -> T:
         def run() -> T:
-            if not hasattr(self._clones, "store"):
-                self._clones.store = self._store.clone()
-            return call(self._clones.store)
+            if os.getpid() != self._process:  # a forked child would speak over its parent's connections
+                self._process, self._idle = os.getpid(), []
+            try:
+                clone = self._idle.pop()
+            except IndexError:
+                clone = self._store.clone()
+            result = call(clone)
+            self._idle.append(clone)  # not after an error: the connection may be broken
+            return result
 
         try:
             return self._callers.start(run).result(seconds)

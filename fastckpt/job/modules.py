@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastckpt.job.fsdp1 import FlatPlace, Range, buffer_dtypes, check_not_stray, ranges
 from fastckpt.job.tensors import Held, Shard, hold, hold_shard, memory
 from fastckpt.plan.save_plan import COMPARED, KNOWN, LOWEST, OWN
 
@@ -31,6 +34,11 @@ class Place(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter."""
 
+    @property
+    def has_state(self) -> bool:
+        """Whether an optimizer keeps anything for it on this rank. It keeps nothing, and a restore must leave it so,
+        for a parameter that FSDP1 gives no gradient here, because none of its elements are here."""
+
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         """``tensor``, which is the parameter or a state tensor kept for it, as this rank holds it under ``key``."""
 
@@ -47,6 +55,10 @@ class Whole:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.parameter.shape)
+
+    @property
+    def has_state(self) -> bool:
+        return True
 
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         # What is kept for the local part of a distributed tensor, such as a step counter, need not be equal elsewhere.
@@ -65,6 +77,10 @@ class Boxed:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.shard.shape)
 
+    @property
+    def has_state(self) -> bool:
+        return True
+
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         if tensor.shape != self.shard.tensor.shape:
             return hold(key, tensor, sharing=OWN)
@@ -76,13 +92,19 @@ def declared_shards(state: Mapping[str, Any]) -> Declared:
     return {memory(item.tensor): item for item in state.values() if isinstance(item, Shard)}
 
 
-def places(root: nn.Module, declared: Declared) -> Iterator[tuple[nn.Parameter, Place]]:
-    """Every parameter below ``root``, once for each of its names."""
-    for path, module, replicas in walk_modules(root):
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{path}.{own}" if path else own
-                yield parameter, _place(full, parameter, replicas.of(full), declared)
+def places(root: nn.Module, declared: Declared) -> Iterator[tuple[torch.Tensor, Place]]:
+    """Every parameter below ``root`` as an optimizer is given it, once for each of its names."""
+    for visited in walk_modules(root):
+        yield from _own_places(visited, declared)
+
+
+def _own_places(visited: Visited, declared: Declared) -> Iterator[tuple[torch.Tensor, Place]]:
+    for own, flat in visited.ranges.items():
+        yield flat.parameter, FlatPlace(visited.prefix + own, flat)
+    for own, parameter in visited.module._parameters.items():
+        if parameter is not None and own not in visited.ranges and not isinstance(parameter, FlatParameter):
+            path = visited.prefix + own
+            yield parameter, _place(path, parameter, visited.replicas.of(path), declared)
 
 
 def _place(path: str, parameter: torch.Tensor, among: tuple[int, ...], declared: Declared) -> Place:
@@ -93,13 +115,16 @@ def _place(path: str, parameter: torch.Tensor, among: tuple[int, ...], declared:
 
 def describe_modules(name: str, root: nn.Module, declared: Declared) -> tuple[list[Held], dict[str, nn.Module]]:
     """The parameters and persistent buffers below a module, and the modules that have an extra state, by its key."""
-    held = [place.hold(f"{name}.{place.path}", parameter) for parameter, place in places(root, declared)]
+    held: list[Held] = []
     extra: dict[str, nn.Module] = {}
-    for path, module, _ in walk_modules(root):
-        prefix = f"{name}.{path}." if path else f"{name}."
+    for visited in walk_modules(root):
+        module, prefix = visited.module, f"{name}.{visited.prefix}"
+        held += [place.hold(f"{name}.{place.path}", parameter) for parameter, place in _own_places(visited, declared)]
         for own, buffer in module._buffers.items():
             if buffer is not None and own not in module._non_persistent_buffers_set:
                 held.append(hold(prefix + own, buffer, sharing=LOWEST, volatile=True))
+                if (dtype := visited.buffer_dtypes.get(visited.prefix + own)) is not None:
+                    held[-1] = dataclasses.replace(held[-1], dtype=str(dtype).removeprefix("torch."))
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             extra[f"{prefix}_extra_state"] = module
     return held, extra
@@ -123,11 +148,20 @@ class Parameters:
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.declared = declared_shards(state)
-        self._found: dict[int, tuple[str, list[Place]]] = {}
+        self._found: dict[int, tuple[str, dict[int, Place]]] = {}
+        """By the id of a parameter: the module's name, and the places by their position in a flat parameter."""
+        self._boxed: set[tuple[Any, ...]] = set()
         for name, root in state.items():
             if isinstance(root, nn.Module):
                 for parameter, place in places(root, self.declared):
-                    self._found.setdefault(id(parameter), (name, [place]))
+                    if isinstance(place, Boxed):
+                        self._boxed.add(memory(parameter))
+                    _, found = self._found.setdefault(id(parameter), (name, {}))
+                    found.setdefault(place.range.position if isinstance(place, FlatPlace) else 0, place)
+
+    def declares(self, shard: Shard) -> bool:
+        """Whether a ``Shard`` item of the state says of a parameter of a module what it is."""
+        return memory(shard.tensor) in self._boxed
 
     def of(self, optimizer: torch.optim.Optimizer) -> list[list[Owned]]:
         """For each parameter group its parameters."""
@@ -140,7 +174,7 @@ class Parameters:
                 return Owned(parameter, ((path, _place(path, parameter, (), self.declared)),))
             module, found = self._found[id(parameter)]
             prefix = f"{module}." if len(modules) > 1 else ""
-            return Owned(parameter, tuple((f"{prefix}{place.path}", place) for place in found))
+            return Owned(parameter, tuple((f"{prefix}{place.path}", place) for place in found.values()))
 
         return [
             [owned(number, position, parameter) for position, parameter in enumerate(group)]
@@ -163,38 +197,64 @@ class Replicas:
         return () if own in self.ignored else self.ranks
 
 
-def walk_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module, Replicas]]:
-    """Every module below ``root`` with its path, wrappers left out, and what DDP keeps equal there.
+@dataclass(frozen=True)
+class Visited:
+    """A module that a walk has come to."""
+
+    path: str
+    """Wrappers left out."""
+    module: nn.Module
+    replicas: Replicas
+    """What DDP keeps equal here."""
+    ranges: Mapping[str, Range]
+    """Of its parameters by name those that lie in the flat parameter of an FSDP1 unit."""
+    buffer_dtypes: Mapping[str, torch.dtype]
+    """By path, what dtype buffers had before FSDP1 lowered it for its computations: they are saved in that."""
+
+    @property
+    def prefix(self) -> str:
+        """Of the paths of what the module has."""
+        return f"{self.path}." if self.path else ""
+
+
+def walk_modules(root: nn.Module) -> Iterator[Visited]:
+    """Every module below ``root``, wrappers left out.
 
     A module reached by two paths comes twice: its tensors then are tied.
     """
+    flat: dict[nn.Module, dict[str, Range]] = {}
+    dtypes: dict[str, torch.dtype] = {}
 
-    def visit(path: str, module: nn.Module, replicas: Replicas) -> Iterator[tuple[str, nn.Module, Replicas]]:
+    def visit(path: str, module: nn.Module, replicas: Replicas, in_unit: bool) -> Iterator[Visited]:
         while (inner := _unwrapped(module)) is not None:
             if isinstance(module, DistributedDataParallel):
                 ranks = tuple(torch.distributed.get_process_group_ranks(module.process_group))
                 replicas = Replicas(ranks, path, frozenset(module.parameters_to_ignore))
+            elif isinstance(module, FullyShardedDataParallel):
+                in_unit = True
+                for holder, own, part in ranges(path, module):
+                    flat.setdefault(holder, {})[own] = part
+                dtypes.update(buffer_dtypes(path, module))
             module = inner
-        if isinstance(module, FullyShardedDataParallel):
-            raise TypeError(
-                f"{path or 'the module'}: FSDP1 (FullyShardedDataParallel) is not supported yet; use "
-                "torch.distributed.fsdp.fully_shard, whose snapshots any layout can restore"
-            )
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward without backward the parameters still are the gathered ones
-        yield path, module, replicas
+        visited = Visited(path, module, replicas, flat.get(module, {}), dtypes)
+        check_not_stray(path, module, visited.ranges, in_unit)
+        yield visited
         for name, child in module._modules.items():
             if child is not None:
-                yield from visit(f"{path}.{name}" if path else name, child, replicas)
+                yield from visit(visited.prefix + name, child, replicas, in_unit)
 
-    return visit("", root, Replicas())
+    return visit("", root, Replicas(), False)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module | None:
     """What a wrapper wraps, told by the wrapper's type; None for a module that is no wrapper."""
     inner: Any = None
-    if isinstance(module, DistributedDataParallel):
+    if isinstance(module, DistributedDataParallel | nn.DataParallel):
         inner = module.module
+    elif isinstance(module, FullyShardedDataParallel):
+        inner = module._fsdp_wrapped_module
     elif isinstance(module, ActivationWrapper):
         inner = module._checkpoint_wrapped_module
     elif isinstance(module, torch._dynamo.OptimizedModule):

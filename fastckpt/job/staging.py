@@ -29,6 +29,7 @@ from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
 from fastckpt.job.state import Description
 from fastckpt.job.tensors import Held
+from fastckpt.job.values import torch_dtype
 from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer, RankOffer
 
 SAMPLES = 64
@@ -108,7 +109,9 @@ class Staging:
             if copied:
                 self._copied.add(key)
             for box, view in held.pieces:
-                self._live[key, box] = bits(view).clone() if copied else view
+                if copied:  # perhaps into another dtype: FSDP1 keeps buffers in a lower one than theirs
+                    view = bits(view.to(torch_dtype(held.dtype))).clone()
+                self._live[key, box] = view
         self._mark_streams()
         self.offer = _offer(description)
         self.digest = chunk_hash(msgspec.msgpack.encode(self.offer))

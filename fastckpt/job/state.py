@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from fastckpt.job.aliases import find_aliases
 from fastckpt.job.modules import Parameters, describe_modules
 from fastckpt.job.optimizer import describe_optimizer
+from fastckpt.job.per_rank import PerRank
+from fastckpt.job.rng import RNGState
 from fastckpt.job.tensors import Held, Shard, hold, hold_shard
 from fastckpt.job.values import to_plain
 from fastckpt.plan.save_plan import OWN
@@ -48,10 +50,12 @@ class Description:
 def describe(state: Mapping[str, Any]) -> Description:
     """Describes a user's state. ``ValueError`` or ``TypeError`` naming the key of anything that cannot be saved."""
     walk = _Walk(state)
-    for name, item in state.items():
+    for name in state:
         if not isinstance(name, str) or not name:
             raise TypeError(f"names in the state are non-empty strings, not {name!r}")
-        walk.item(name, item)
+    # The first state_dict of a data loader draws a random number.
+    for name in sorted(state, key=lambda name: not is_rng(state[name])):
+        walk.item(name, state[name])
     aliases = find_aliases(walk.held)
     for alias, target in aliases.items():
         # A Shard item may only say what a parameter is, which nothing but a step changes.
@@ -63,6 +67,11 @@ def describe(state: Mapping[str, Any]) -> Description:
 def holds_something(name: str, item: object) -> bool:
     """Whether an item of the state has anything to save: a loss module, for one, has not."""
     return not isinstance(item, nn.Module) or any(describe_modules(name, item, {}))
+
+
+def is_rng(item: object) -> bool:
+    """Whether an item of the state is the state of the random number generators."""
+    return isinstance(item.obj if isinstance(item, PerRank) else item, RNGState)
 
 
 class _Walk:
@@ -90,7 +99,8 @@ class _Walk:
         elif isinstance(item, torch.Tensor):
             self.add(hold(name, item, volatile=True))
         else:
-            self.value(name, item.state_dict() if isinstance(item, Stateful) else item)
+            own = item.obj if isinstance(item, PerRank) else item
+            self.value(name, own.state_dict() if isinstance(own, Stateful) else own)
 
     def add(self, held: Held) -> None:
         if held.parts:

@@ -5,10 +5,11 @@ Nothing is changed here. What does not fit is collected, so that one error can n
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import nn
@@ -17,14 +18,28 @@ from torch.distributed.tensor import DTensor
 from fastckpt.format import value
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
+from fastckpt.format.tables import SHARED
+from fastckpt.job import subclass
 from fastckpt.job.modules import Parameters, describe_modules
 from fastckpt.job.optimizer_targets import find_optimizer
+from fastckpt.job.per_rank import Merge, PerRank, merged
 from fastckpt.job.rng import RNGState
 from fastckpt.job.staging import BITS, bits
-from fastckpt.job.state import Stateful
+from fastckpt.job.state import Stateful, is_rng
 from fastckpt.job.tensors import Held, Shard, hold, hold_shard
-from fastckpt.job.values import from_plain, to_plain, torch_dtype
-from fastckpt.plan.restore_plan import Catalog, Selection, Stored, Want
+from fastckpt.job.values import from_plain, references, to_plain, torch_dtype
+from fastckpt.plan.restore_plan import Catalog, Fit, Selection, Stored, Want, fit, heads
+from fastckpt.plan.save_plan import OWN
+
+if TYPE_CHECKING:
+    from fastckpt.restore import SavedValue
+
+log = logging.getLogger("fastckpt")
+
+Load: TypeAlias = Callable[[Any], object]
+"""Takes a value over: ``load_state_dict``, or what puts it where the old one was."""
+
+_WAYS_OUT: Final = "Give fastckpt.PerRank(obj, merge=...) to make new ones of them, or leave it out with only=..."
 
 
 class TensorSink:
@@ -56,14 +71,31 @@ class TensorSink:
 class RestoredValue:
     """A plain value as this rank may restore it."""
 
-    blob: bytes
-    """Encoded."""
+    value: SavedValue
     exact: bool
-    """It is this rank's own, or all ranks had the same. Otherwise it is rank 0's, of a world of another size."""
+    """It is this rank's own, or all ranks that saved it had the same. Otherwise it is the lowest rank's of them, of a
+    world of another size."""
     world_size: int
     """Ranks of the job that saved it."""
     saved: str
     """The name it was saved under."""
+
+    @property
+    def blob(self) -> bytes:
+        """Encoded."""
+        return self.value.blob
+
+    def by_rank(self) -> list[object]:
+        """What the ranks that saved it saved, decoded, each content once."""
+        snapshot = self.value.snapshot
+        digests = {rank: snapshot.value_digests(rank).get(self.saved) for rank in range(snapshot.world_size)}
+        ranks = {digest: rank for rank, digest in digests.items() if digest is not None}
+        return [value.decode(snapshot.value_blob(self.saved, rank)) for rank in ranks.values()]
+
+    @property
+    def resized(self) -> bool:
+        """The job that saved it had another number of ranks than this one."""
+        return self.world_size != self.value.world_size
 
 
 @dataclass
@@ -75,10 +107,13 @@ class Targets:
     problems: list[str] = field(default_factory=list)
     install: list[Callable[[], None]] = field(default_factory=list)
     """Run before any byte is read: gives optimizers the state tensors that are to be filled."""
-    apply: list[Callable[[], None]] = field(default_factory=list)
-    """Run once all bytes are in place: plain values, schedulers, loaders, random number generators."""
+    apply: list[Callable[[], object]] = field(default_factory=list)
+    """Run once all bytes are in place: plain values, schedulers, loaders, random number generators. None refers to what
+    leads back to it: the state would outlive its last use."""
     used: set[str] = field(default_factory=set)
     """Names of the snapshot's tensors and values that are restored."""
+    fit: Fit | None = None
+    """What the ranks have to judge together; set once all is found."""
 
 
 def find_targets(
@@ -93,9 +128,12 @@ def find_targets(
 ) -> Targets:
     """Everything that restoring a snapshot into ``state`` takes, and every reason why it cannot be done."""
     finding = Finding(state, catalog, values, selection, keep_missing, cast, rank, Parameters(state))
-    for name, item in state.items():
-        finding.item(name, item)
+    # Random number generators last: what is done to the others may draw.
+    for name in sorted(state, key=lambda name: is_rng(state[name])):
+        finding.item(name, state[name])
     finding.note_extra()
+    if not finding.targets.problems:
+        finding.run_merges()
     return finding.targets
 
 
@@ -112,8 +150,13 @@ class Finding:
     rank: int
     parameters: Parameters
     targets: Targets = field(default_factory=Targets)
+    merges: list[tuple[str, Merge, RestoredValue]] = field(default_factory=list)
+    merged: dict[str, Any] = field(default_factory=dict)
+    """What ``merges`` made, by name."""
     filled: dict[tuple[Any, ...], tuple[str, int]] = field(default_factory=dict)
     """For each tensor of the state, the first key it is filled under, and the number of the stored one."""
+    unused_names: list[str] = field(default_factory=list)
+    """Saved parameters of optimizers that the state has not got."""
 
     def item(self, name: str, item: Any) -> None:
         if isinstance(item, nn.Module):
@@ -127,16 +170,25 @@ class Finding:
         elif isinstance(item, torch.Tensor):
             self.tensor(hold(name, item))
         elif isinstance(item, Shard):
-            self.tensor(hold_shard(name, item))
+            # Where it only says what a parameter is, the snapshot need not say so too: the parameter is filled as such.
+            if name in self.catalog.tensors or not self.parameters.declares(item):
+                self.tensor(hold_shard(name, item))
         elif isinstance(item, RNGState):
-            self.value(name, item.load_state_dict, rng=item)
+            self.rng(name, item)
+        elif isinstance(item, PerRank):
+            self.per_rank(name, item)
         elif isinstance(item, Stateful):
-            self.value(name, item.load_state_dict, template=item.state_dict)
+            self.value(name, item.load_state_dict, item.state_dict)
         else:
-            self.value(name, lambda tree: self.state.__setitem__(name, tree))
+            state = self.state
+            self.value(name, lambda tree: state.__setitem__(name, tree))
 
     def tensor(self, held: Held) -> None:
-        if not self.selection.has(held.key):
+        if not self.selection.has(held.key) or not self.alike(held):
+            return
+        if held.parts:
+            for part in held.parts:
+                self.tensor(part)
             return
         stored = self.catalog.tensors.get(held.key)
         if stored is None:
@@ -149,6 +201,57 @@ class Finding:
                 self.problem(f"{held.key}: is the same tensor as {earlier[0]} in the state, but not in the snapshot")
             return
         self.fill(held, stored)
+
+    def alike(self, held: Held) -> bool:
+        """Whether a tensor is taken apart in the state as in the snapshot, or in neither; notes what is not."""
+        found = self.values.get(held.key)
+        record = None if found is None else value.decode(found.blob)
+        stored = self.catalog.tensors.get(held.key)
+        if held.form is None and not subclass.is_record(record):
+            if elsewhere := stored is None and self.elsewhere(held):
+                self.targets.used.add(held.key)
+            return not elsewhere
+        if found is None and stored is None:
+            self.missing(held.key)
+            return False
+        problem: str | None
+        if held.form is None:
+            problem = f"{subclass.describe(record)} in the snapshot, a plain {held.dtype} tensor in the state"
+        elif found is None:
+            problem = f"a plain tensor in the snapshot, {subclass.describe(held.form)} in the state"
+        else:
+            anywhere = self.fits_anywhere(held, found)
+            records = found.by_rank() if anywhere else [record]
+            differences = (subclass.difference(each, held.form, cast=self.cast, anywhere=anywhere) for each in records)
+            problem = next(filter(None, differences), None)
+            if problem is None and not anywhere and not found.exact:
+                problem = (
+                    f"{subclass.describe(record)}, but not made alike on the {found.world_size} ranks that saved it"
+                )
+        self.targets.used.add(held.key)
+        if problem is None:
+            return True
+        self.targets.used.update(f"{held.key}.{rest}" for rest in self.catalog.below(f"{held.key}."))
+        self.targets.used.update(name for name in self.values if name.startswith(f"{held.key}."))
+        if held.pieces or held.parts:  # a rank with none of the elements has nothing to tell their class by
+            self.problem(f"{held.key}: {problem}")
+        return False
+
+    def elsewhere(self, held: Held) -> bool:
+        """Whether all elements are on other ranks, which have taken the tensor apart: here there was nothing to tell
+        its class by."""
+        return not held.pieces and 0 not in held.shape and bool(self.catalog.below(f"{held.key}."))
+
+    def fits_anywhere(self, held: Held, found: RestoredValue) -> bool:
+        """Whether what each rank has of its own beside its box is single numbers that all ranks had alike: a scale of
+        the whole tensor, which goes with any box of it."""
+        own = [part for part in held.parts if part.sharing == OWN]
+        stored = [self.catalog.tensors.get(part.key) for part in own]
+        owners = found.value.snapshot.layout.owners
+        return bool(own) and all(
+            not part.parts and math.prod(part.shape) == 1 and entry is not None and owners[entry.number] == SHARED
+            for part, entry in zip(own, stored, strict=True)
+        )
 
     def fill(self, held: Held, stored: Stored) -> None:
         if stored.shape != held.shape:
@@ -185,36 +288,86 @@ class Finding:
             self.targets.used.add(name)
         return found
 
-    def value(
-        self,
-        name: str,
-        load: Callable[[Any], Any],
-        *,
-        template: Callable[[], Any] | None = None,
-        rng: RNGState | None = None,
-    ) -> None:
+    def value(self, name: str, load: Load, template: Callable[[], Any] | None = None) -> None:
         found = self.find_value(name)
         if found is None:
             return
-        if not found.exact:
-            if rng is None:
-                self.problem(
-                    f"{name}: its value differed between the {found.world_size} ranks that saved it, and this job has "
-                    "another number of ranks. Leave it out with only=..., or start it afresh"
-                )
-            else:
-                self.targets.apply.append(lambda: rng.derive(found.blob, self.rank))
-            return
+        if found.exact:
+            self.load(name, found, load, template)
+        else:
+            self.problem(
+                f"{name}: its value differed between the {found.world_size} ranks that saved it, and this job has "
+                f"{found.value.world_size}. {_WAYS_OUT}"
+            )
+
+    def load(self, name: str, found: RestoredValue, load: Load, template: Callable[[], Any] | None = None) -> None:
         tree = value.decode(found.blob)
         tensors = self.referenced(name, tree, template)
         self.targets.apply.append(lambda: load(from_plain(tree, tensors)))
+
+    def rng(self, name: str, rng: RNGState) -> None:
+        found = self.find_value(name)
+        if found is None:
+            return
+        report = log.warning if self.rank == 0 else log.debug
+        if found.exact:
+
+            def go_on(state: Any) -> None:
+                rng.load_state_dict(state)
+                if unlike := rng.unlike(state):
+                    report("%s: not all random numbers go on where they were: %s", name, unlike)
+
+            self.load(name, found, go_on)
+            return
+        text = (
+            f"{name}: saved by {found.world_size} ranks, each with random numbers of its own; in this job of "
+            f"{found.value.world_size} they continue in new streams, derived from those of rank 0"
+        )
+        blob, rank = found.blob, self.rank
+
+        def derive() -> None:
+            rng.derive(blob, rank)
+            report("%s", text)
+
+        self.targets.apply.append(derive)
+
+    def per_rank(self, name: str, item: PerRank) -> None:
+        found = self.find_value(name)
+        if found is None:
+            return
+        own = item.obj
+        load: Load = own.load_state_dict if isinstance(own, Stateful) else lambda tree: setattr(item, "obj", tree)
+        if not found.resized:
+            self.load(name, found, load, own.state_dict if isinstance(own, Stateful) else None)
+        elif item.merge is None:
+            self.problem(
+                f"{name}: each of the {found.world_size} ranks that saved it had its own, and this job has "
+                f"{found.value.world_size}. {_WAYS_OUT}"
+            )
+        else:
+            self.targets.used.update(f"{name}.{rest}" for rest in self.catalog.below(f"{name}."))
+            self.merges.append((name, item.merge, found))
+            merged = self.merged
+            self.targets.apply.append(lambda: load(merged[name]))
+
+    def run_merges(self) -> None:
+        """Calls what users gave to ``PerRank``: while nothing has been changed on any rank."""
+        for name, merge, found in self.merges:
+            self.merged[name] = merged(name, merge, found.value, self.rank)
 
     def referenced(self, name: str, tree: object, template: Callable[[], Any] | None) -> dict[str, torch.Tensor]:
         """New tensors for those a value refers to; distributed like the target's where that one is a DTensor."""
         tensors: dict[str, torch.Tensor] = {}
         existing: dict[str, torch.Tensor] = {}
         for key in references(tree):
-            stored = self.catalog.tensors.get(self.selection.renamed(key))
+            renamed = self.selection.renamed(key)
+            stored = self.catalog.tensors.get(renamed)
+            if ranks := self.catalog.lost.get(renamed):
+                self.problem(
+                    f"{key}: a tensor in {name}; each of the {ranks} ranks that saved it had its own, and this job has "
+                    f"another number of ranks. {_WAYS_OUT}"
+                )
+                continue
             if stored is None:  # keeping what is there cannot be asked of load_state_dict
                 self.problem(f"{key}: {name} refers to it, but it is not among what is to be restored")
                 continue
@@ -226,29 +379,16 @@ class Finding:
             else:
                 device = "cpu" if like is None else like.device
                 tensors[key] = torch.empty(stored.shape, dtype=dtype, device=device)
-            self.targets.used.add(self.selection.renamed(key))
+            self.targets.used.add(renamed)
             self.fill(hold(key, tensors[key]), stored)
         return tensors
 
     def note_extra(self) -> None:
-        """What the snapshot has below the names that were asked for, and the state has no place for."""
-        if self.selection.only and not self.targets.used and not self.targets.problems:
-            self.problem(f"only={list(self.selection.only)} selects nothing that is both in the state and the snapshot")
-        asked = tuple(f"{name}." for name in self.state)
-        for key in sorted({*self.catalog.tensors, *(name for name in self.values if self.selection.has(name))}):
-            if key not in self.targets.used and (key in self.state or key.startswith(asked)):
-                self.problem(f"{key}: in the snapshot but not in the state")
-
-
-def references(tree: object) -> list[str]:
-    """The keys of the tensors that a value refers to."""
-    if isinstance(tree, value.TensorReference):
-        return [tree.key]
-    if isinstance(tree, Mapping):
-        return [key for item in tree.values() for key in references(item)]
-    if isinstance(tree, list | tuple | deque):
-        return [key for item in tree for key in references(item)]
-    return []
+        """What the snapshot has below the names that were asked for, and the state has no place for: for the ranks
+        together to judge, since another may have one."""
+        names = [name for name in self.values if self.selection.has(name) and name not in self.targets.used]
+        unused = [name for name in (*names, *self.unused_names) if not set(heads(name)).isdisjoint(self.state)]
+        self.targets.fit = fit(self.catalog, list(self.state), self.targets.used, unused, self.targets.problems)
 
 
 def _is_expanded(view: torch.Tensor) -> bool:

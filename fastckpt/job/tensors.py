@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from fastckpt.errors import FormatError
 from fastckpt.format.dtype import ITEM_BYTES
 from fastckpt.format.shard import Box, check_inside
-from fastckpt.job import dtensor
-from fastckpt.plan.save_plan import COMPARED, KNOWN
+from fastckpt.job import dtensor, subclass
+from fastckpt.plan.save_plan import COMPARED, KNOWN, OWN
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Held:
     """Equal for keys that are the same tensor."""
     parts: tuple[Held, ...] = ()
     """Of a tensor subclass that was taken apart: the plain tensors it is made of. It has no pieces of its own."""
-    form: object = None
-    """Of a tensor subclass: what, beside its parts, makes it what it is; a tree that ``format/value.py`` can encode."""
+    form: Mapping[str, object] | None = None
+    """Of a tensor subclass: what, beside its parts, makes it what it is, as ``subclass.record`` has it."""
 
 
 def dtype_name(tensor: torch.Tensor, key: str) -> str:
@@ -74,48 +76,122 @@ def hold(
     key: str, tensor: torch.Tensor, *, sharing: int = COMPARED, among: tuple[int, ...] = (), volatile: bool = False
 ) -> Held:
     """A tensor, whole or distributed, as this rank holds it."""
+    tensor = subclass.settled(tensor)
     _refuse(key, tensor)
-    dtype = dtype_name(tensor, key)
-    if isinstance(tensor, DTensor):
-        pieces = tuple((box, view) for box, view in dtensor.local_boxes(tensor, key) if box.elements)
+    if type(tensor) is DTensor:
+        boxes = tuple((box, at) for box, at in dtensor.local_boxes(tensor, key) if box.elements)
         # Its placements say which ranks of its mesh hold equal boxes, wherever in the state it is.
-        sharing = KNOWN
         among = tuple(dtensor.mesh_ranks(tensor))
-    else:
+        portion = _Portion(tuple(tensor.shape), tensor.stride(), boxes, KNOWN, among, volatile)
+        return _hold_portion(key, subclass.settled(tensor._local_tensor), portion)
+    if subclass.is_plain(tensor):
         box = Box.whole(tuple(tensor.shape))
-        pieces = ((box, tensor.detach()),) if box.elements else ()
-    identity = _identity(tensor, pieces)
-    return Held(key, tuple(tensor.shape), dtype, pieces, sharing, among, volatile, identity)
+        portion = _Portion(box.sizes, tensor.stride(), ((box, box),) if box.elements else (), sharing, among, volatile)
+        return _hold_portion(key, tensor, portion)
+    inner, context = _take_apart(key, tensor)
+    parts = tuple(
+        hold(f"{key}.{name}", part, sharing=sharing, among=among, volatile=volatile) for name, part in inner.items()
+    )
+    record = subclass.record(tensor, context, list(inner), shape=tensor.shape, stride=tensor.stride(), boxes=None)
+    return _made_of(key, tuple(tensor.shape), parts, record, sharing, among, volatile)
 
 
 def hold_shard(key: str, shard: Shard, *, volatile: bool = False) -> Held:
     """A box of a larger tensor as this rank holds it."""
-    if isinstance(shard.tensor, DTensor):
+    tensor = subclass.settled(shard.tensor)
+    if isinstance(tensor, DTensor):
         raise TypeError(f"{key}: a Shard of a DTensor; a DTensor knows its own boxes, save it as it is")
-    local = hold(key, shard.tensor)
-    box = Box(tuple(shard.offsets), tuple(shard.tensor.shape))
-    pieces = ((box, shard.tensor.detach()),) if box.elements else ()
-    identity = ("shard", tuple(shard.shape), box, local.identity)
-    return Held(key, tuple(shard.shape), local.dtype, pieces, COMPARED, (), volatile, identity)
+    _refuse(key, tensor)
+    shape, box = tuple(shard.shape), Box(tuple(shard.offsets), tuple(tensor.shape))
+    boxes = ((box, Box.whole(box.sizes)),) if box.elements else ()
+    held = _hold_portion(key, tensor, _Portion(shape, tensor.stride(), boxes, COMPARED, (), volatile))
+    return dataclasses.replace(held, identity=("shard", box, held.identity))
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """What a tensor of this process is of a whole one."""
+
+    shape: tuple[int, ...]
+    """Of the whole, as are the strides."""
+    stride: tuple[int, ...]
+    boxes: tuple[tuple[Box, Box], ...]
+    """Boxes of the whole, each with the box here that has its elements."""
+    sharing: int
+    among: tuple[int, ...]
+    volatile: bool
+
+
+def _hold_portion(key: str, local: torch.Tensor, portion: _Portion) -> Held:
+    _refuse(key, local)
+    if subclass.is_plain(local):
+        dtype = dtype_name(local, key)
+        elements = subclass.plain(local)
+        pieces = tuple((box, elements[at.slices()]) for box, at in portion.boxes)
+        identity = _identity(local, portion.shape, pieces)
+        return Held(key, portion.shape, dtype, pieces, portion.sharing, portion.among, portion.volatile, identity)
+    inner, context = _take_apart(key, local)
+    parts = tuple(_hold_part(f"{key}.{name}", part, local, portion) for name, part in inner.items())
+    boxes = [box for box, _ in portion.boxes] if any(_is_own(part) for part in parts) else None
+    record = subclass.record(local, context, list(inner), shape=portion.shape, stride=portion.stride, boxes=boxes)
+    return _made_of(key, portion.shape, parts, record, portion.sharing, portion.among, portion.volatile)
+
+
+def _hold_part(key: str, part: torch.Tensor, local: torch.Tensor, portion: _Portion) -> Held:
+    if part.shape == local.shape and not isinstance(part, DTensor):  # one element of it for each of the outer tensor
+        return _hold_portion(key, part, portion)
+    # Scales of blocks and the like: which part of a whole they are nobody can tell.
+    return hold(key, part, sharing=OWN, volatile=portion.volatile)
+
+
+def _is_own(held: Held) -> bool:
+    return held.sharing == OWN or any(_is_own(part) for part in held.parts)
+
+
+def _made_of(
+    key: str,
+    shape: tuple[int, ...],
+    parts: tuple[Held, ...],
+    record: subclass.Record,
+    sharing: int,
+    among: tuple[int, ...],
+    volatile: bool,
+) -> Held:
+    identity = (record[subclass.RECORD], *(part.identity for part in parts))
+    return Held(key, shape, str(record["dtype"]), (), sharing, among, volatile, identity, parts, record)
+
+
+def _take_apart(key: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], object]:
+    try:
+        return subclass.take_apart(tensor)
+    except subclass.CannotTakeApart as reason:
+        raise TypeError(f"{key}: cannot save a tensor {reason}") from reason.__cause__
 
 
 def memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for views of the same elements: a parameter and what ``detach`` makes of it."""
-    if not tensor.numel():
+    if is_lazy(tensor) or not tensor.numel():
         return ("empty", id(tensor))
+    if not subclass.is_plain(tensor):
+        try:
+            inner, _ = subclass.take_apart(tensor)
+        except subclass.CannotTakeApart:  # refused as soon as it is held
+            return ("unknown", id(tensor))
+        return tuple(memory(part) for part in inner.values())
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def _identity(tensor: torch.Tensor, pieces: tuple[tuple[Box, torch.Tensor], ...]) -> tuple[Any, ...]:
+def _identity(
+    tensor: torch.Tensor, shape: tuple[int, ...], pieces: tuple[tuple[Box, torch.Tensor], ...]
+) -> tuple[Any, ...]:
     if not pieces:
         return ("empty", id(tensor))
     memory = tuple((box, view.data_ptr(), view.stride(), str(view.device)) for box, view in pieces)
-    return (str(tensor.dtype), tuple(tensor.shape), tensor.is_conj(), tensor.is_neg(), memory)
+    return (str(tensor.dtype), shape, tensor.is_conj(), tensor.is_neg(), memory)
 
 
 def _refuse(key: str, tensor: torch.Tensor) -> None:
     kind: str | None = None
-    plain = type(tensor) in (torch.Tensor, nn.Parameter, DTensor)
     if tensor.is_meta:
         kind = "on the meta device; materialise it first"
     elif tensor.is_sparse or tensor.layout != torch.strided:
@@ -124,7 +200,5 @@ def _refuse(key: str, tensor: torch.Tensor) -> None:
         kind = "nested; save its values and offsets as tensors of their own"
     elif tensor.is_quantized:
         kind = "quantized; save tensor.int_repr() with its scales and zero points"
-    elif not plain:
-        kind = f"of class {type(tensor).__module__}.{type(tensor).__qualname__}; save the plain tensors it is made of"
     if kind:
         raise TypeError(f"{key}: cannot save a tensor {kind}")

@@ -81,6 +81,17 @@ def from_plain(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return tree
 
 
+def references(tree: object) -> list[str]:
+    """The keys of the tensors that a plain tree refers to."""
+    if isinstance(tree, TensorReference):
+        return [tree.key]
+    if isinstance(tree, Mapping):
+        return [key for item in tree.values() for key in references(item)]
+    if isinstance(tree, list | tuple | deque):
+        return [key for item in tree for key in references(item)]
+    return []
+
+
 class _Flattening:
     """One walk over one value. ``path`` is for messages, ``names`` for keys: the two differ for odd dict keys."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+
+import msgspec
 
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import SHARED, Chunks, Layout, Piece
@@ -46,9 +48,7 @@ class Selection:
 
     def has(self, name: str) -> bool:
         """Whether a name of the state is selected: a glob that fits a name selects all that is below it."""
-        parts = name.split(".")
-        heads = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        return not self._only or any(fnmatch.fnmatchcase(head, glob) for glob in self._only for head in heads)
+        return not self._only or any(fnmatch.fnmatchcase(head, glob) for glob in self._only for head in heads(name))
 
 
 class Catalog:
@@ -59,6 +59,7 @@ class Catalog:
         self.lost: dict[str, int] = {}
         """Tensors that each rank had its own of, in a world of that many ranks, which is not this one."""
         self._stored_by = dict(layout.aliases)
+        self._owners = layout.owners
         same_world = len(layout.rank_nodes) == world_size
         for number, (key, owner) in enumerate(zip(layout.keys, layout.owners, strict=True)):
             name = selection.renamed(key)
@@ -75,9 +76,118 @@ class Catalog:
         """Whether two keys, by number, are one stored tensor."""
         return self._stored_by.get(a, a) == self._stored_by.get(b, b)
 
+    def in_order(self) -> Iterator[tuple[int, bool, str]]:
+        """By key number: number, whether the tensor is shared, and its name in the state."""
+        for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].number):
+            yield stored.number, self._owners[stored.number] == SHARED, name
+
     def below(self, prefix: str) -> dict[str, Stored]:
         """The tensors whose name starts with ``prefix``, by the rest of their name."""
         return {name[len(prefix) :]: stored for name, stored in self.tensors.items() if name.startswith(prefix)}
+
+
+UNUSED_NAMES_MAX = 1000
+PROBLEMS_SHOWN_MAX = 50
+
+
+class Fit(msgspec.Struct, array_like=True, frozen=True):
+    """How a snapshot fits the state of one rank, as the coordinator hears of it."""
+
+    problems: list[str]
+    """The first ``PROBLEMS_SHOWN_MAX``."""
+    problem_count: int
+    asked: list[str]
+    """Top-level names of the state."""
+    any_used: bool
+    unused: list[tuple[int, int]]
+    """Shared tensors that this rank has no place for, as runs (start, stop) of key numbers. What lies between two of
+    them and is no shared tensor of the selection may be in a run."""
+    unused_own: list[int]
+    """Key numbers of this rank's own tensors that it has no place for."""
+    unused_names: list[str]
+    """Likewise of plain values, as far as this rank knows them; none if there are more than ``UNUSED_NAMES_MAX``."""
+
+
+def fit(
+    catalog: Catalog, asked: Sequence[str], used: Set[str], unused_names: Sequence[str], problems: Sequence[str]
+) -> Fit:
+    """``used``: names of the catalog that have a place in the state."""
+    runs: list[tuple[int, int]] = []
+    own: list[int] = []
+    open_run = False
+    for number, shared, name in catalog.in_order():
+        if name in used:
+            open_run = False
+        elif not shared:
+            own.append(number)
+        elif open_run:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+            open_run = True
+    names = sorted(set(unused_names)) if len(unused_names) <= UNUSED_NAMES_MAX else []
+    shown = list(problems[:PROBLEMS_SHOWN_MAX])
+    return Fit(shown, len(problems), list(asked), bool(used), runs, own, names)
+
+
+def misfits(fits: Mapping[int, Fit], layout: Layout, selection: Selection) -> list[str]:
+    """What is wrong, as lines for the user: what ranks found, each with the ranks unless all did; and what the snapshot
+    has below the names that were asked for, and no rank has a place for. On a stage of a pipeline, what the other
+    stages have is not in the state."""
+    found: dict[str, list[int]] = {}
+    for rank, one in sorted(fits.items()):
+        for problem in one.problems:
+            found.setdefault(problem, []).append(rank)
+    lines = [text if len(ranks) == len(fits) else f"{text} (on {_ranks(ranks)})" for text, ranks in found.items()]
+    if selection.only and not found and not any(one.any_used for one in fits.values()):
+        lines.append(f"only={list(selection.only)} selects nothing that is both in the state and the snapshot")
+    lines += [f"{name}: in the snapshot but not in the state" for name in _extra(fits, layout, selection)]
+    more = len(lines) - PROBLEMS_SHOWN_MAX + max(one.problem_count - len(one.problems) for one in fits.values())
+    return lines[:PROBLEMS_SHOWN_MAX] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _extra(fits: Mapping[int, Fit], layout: Layout, selection: Selection) -> list[str]:
+    """Names that some rank asked for and none has a place for, sorted."""
+    everywhere = _common_runs([one.unused for one in fits.values()])
+    shared = [n for start, stop in everywhere for n in range(start, stop) if layout.owners[n] == SHARED]
+    numbers = sorted({*shared, *(number for one in fits.values() for number in one.unused_own)})
+    names = [selection.renamed(layout.keys[number]) for number in numbers]
+    asked = {rank: frozenset(one.asked) for rank, one in fits.items()}
+    anywhere = frozenset().union(*asked.values())
+    extra = {name for name in names if selection.has(name) and not anywhere.isdisjoint(heads(name))}
+    unused = {rank: frozenset(one.unused_names) for rank, one in fits.items()}
+    for name in frozenset().union(*unused.values()):
+        # A rank that asked for what is above it and has not got it among what is unused has a place for it.
+        askers = [rank for rank in fits if not asked[rank].isdisjoint(heads(name))]
+        if askers and all(name in unused[rank] for rank in askers):
+            extra.add(name)
+    return sorted(extra)
+
+
+def _common_runs(each: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """The intersection of sets given as ascending runs."""
+    if not all(each):
+        return []
+    edges = sorted(edge for runs in each for start, stop in runs for edge in ((start, 1), (stop, -1)))
+    common: list[tuple[int, int]] = []
+    depth = since = 0
+    for at, step in edges:
+        if depth == len(each) and step < 0:
+            common.append((since, at))
+        depth += step
+        since = at
+    return [(start, stop) for start, stop in common if start < stop]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def heads(name: str) -> list[str]:
+    """A name and the names above it."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastckpt.errors import (
     FastckptError,
@@ -31,6 +31,8 @@ log = logging.getLogger("fastckpt")
 
 _FORMAT_BYTES_MAX = 64 * 1024
 _DECISION_BYTES_MAX = document.DOCUMENT_BYTES_MAX + 66
+_MISSING_SHOWN_MAX = 5
+_PASSED_OVER_SHOWN_MAX = 10
 
 
 class Repository:
@@ -88,9 +90,9 @@ class Repository:
         """The snapshot to restore, among those committed by a decision with a number smaller than ``before``.
 
         An explicit step is exact, unless ``or_earlier``. Otherwise it is the last one that has what is asked for
-        (``lacks`` names nothing) and whose metadata checks out; newer ones passed over are named in the log with the
+        (``lacks`` names no key) and whose metadata checks out; newer ones passed over are named in the log with the
         reason. None if there is no snapshot at all. If there are some but none will do, it is the newest whose metadata
-        checks out, or else the newest one's error is raised.
+        checks out, or else the first error found is raised.
         """
         snapshots = [snapshot for snapshot in self.snapshots() if before is None or snapshot.live.decision < before]
         if step is not None:
@@ -99,29 +101,45 @@ class Repository:
                 wanted.check()
                 return wanted
             snapshots = [snapshot for snapshot in snapshots if snapshot.live.decision <= wanted.live.decision]
-        first_error: FastckptError | None = None
-        whole: list[Snapshot] = []
         by_step = newest(snapshots)
+        first_error: FastckptError | None = None
+        lacking: list[Snapshot] = []
+        passed_over = 0
         for snapshot in reversed(snapshots):
             if by_step[snapshot.step] is not snapshot:
                 continue
             try:
-                snapshot.check()
-                missing = lacks(snapshot)
-                if not missing:
+                # First, since a check asks for every pack, and what is new in a model may be in none of many snapshots.
+                if not (missing := lacks(snapshot)):
+                    snapshot.check()
+                    self._log_older(passed_over)
                     return snapshot
-                whole.append(snapshot)
-                reason = f"it has no {', '.join(missing)}"
+                lacking.append(snapshot)
+                reason = f"it has no {_listed(missing)}"
             except StorageError:
                 raise  # says nothing about the snapshot, and falling back would lose training without need
             except FastckptError as error:
                 first_error, reason = first_error or error, str(error)
-            log.warning("%s: passing over step %d: %s", self.url, snapshot.step, reason)
-        if whole:  # none has everything: let the caller's plan say what is missing from the newest that is whole
-            return whole[0]
+            passed_over += 1
+            if passed_over <= _PASSED_OVER_SHOWN_MAX:
+                log.warning("%s: passing over step %d: %s", self.url, snapshot.step, reason)
+        self._log_older(passed_over)
+        for snapshot in lacking:  # none has everything: let the caller's plan say what is missing from a whole one
+            try:
+                snapshot.check()
+            except StorageError:
+                raise
+            except FastckptError as error:
+                first_error = first_error or error
+            else:
+                return snapshot
         if first_error:
             raise first_error
         return None
+
+    def _log_older(self, passed_over: int) -> None:
+        if passed_over > _PASSED_OVER_SHOWN_MAX:
+            log.warning("%s: passing over %d older snapshots too", self.url, passed_over - _PASSED_OVER_SHOWN_MAX)
 
     def _read_history(self) -> None:
         if self.history.number:
@@ -161,6 +179,12 @@ def create(store: Store, chunk_bytes: int) -> Repository:
 def open(url: str | os.PathLike[str]) -> Repository:  # noqa: A001 - the public name is fastckpt.open
     """Opens a repository for reading, without torch. ``FormatError`` if there is none at ``url``."""
     return Repository(open_store(url))
+
+
+def _listed(missing: Sequence[str]) -> str:
+    """The first of many keys, and how many more there are."""
+    more = len(missing) - _MISSING_SHOWN_MAX
+    return ", ".join(missing[:_MISSING_SHOWN_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def _no_repository(store: Store) -> RepositoryNotFound:

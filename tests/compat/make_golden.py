@@ -209,14 +209,19 @@ def expected(state: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
         elif isinstance(item, torch.optim.Optimizer):
             for parameter, entries in item.state.items():
                 tensors |= {f"{name}.state.{parameters[parameter]}.{e}": of_tensor(t) for e, t in entries.items()}
-            groups = [
-                {
-                    "params": [parameters[parameter] for parameter in group["params"]],
-                    "options": {key: value for key, value in group.items() if key != "params"},
-                }
-                for group in item.param_groups
-            ]
-            values[name] = value_text({"param_groups": groups, "state": {}})
+            lists: list[list[str]] = []
+            groups = []
+            for group in item.param_groups:
+                kept = [list(item.state.get(parameter, {})) for parameter in group["params"]]
+                lists += [each for at, each in enumerate(kept) if each not in (*lists, *kept[:at])]
+                groups.append(
+                    {
+                        "params": [parameters[parameter] for parameter in group["params"]],
+                        "options": {key: value for key, value in group.items() if key != "params"},
+                        "entries": [lists.index(each) for each in kept],
+                    }
+                )
+            values[name] = value_text({"param_groups": groups, "entries": lists, "state": {}})
         elif isinstance(item, torch.Tensor):
             tensors[name] = of_tensor(item)
         elif not isinstance(item, fastckpt.Shard):

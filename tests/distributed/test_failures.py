@@ -337,7 +337,7 @@ def mismatched(url: str) -> None:
             state["local"] = nn.Linear(2, 2)
         with pytest.raises(StateMismatch, match=r"local\.weight: in the state but not in the snapshot") as caught:
             ckpt.restore(state, step=1)
-        assert str(caught.value).startswith("rank 1: ") == (rank() != 1)
+        assert "local.weight: in the state but not in the snapshot (on rank 1)" in str(caught.value)
         assert prints(whole(model)) == before
         state.pop("local", None)
         ckpt.save(2, state).wait()  # nothing was changed, so saving is not refused

@@ -1,4 +1,5 @@
-"""``fastckpt ls | show | verify | restore`` as an operator meets them: output, JSON, exit codes, refusals."""
+"""``fastckpt ls | show | verify | restore`` as an operator meets them: output, JSON, exit codes, refusals. What holds
+for every command is tested for ``diff`` too."""
 
 from __future__ import annotations
 
@@ -101,8 +102,37 @@ def test_ls_long_has_new_bytes_and_ranks(template: Path) -> None:
     assert size_text(listed[0]["new_bytes"]) in rows[0]
 
 
+def test_ls_cuts_long_notes_and_many_metrics_and_show_has_them_whole(tmp_path: Path) -> None:
+    metrics = {f"layers.{number:02}.gradient_norm": number / 3 for number in range(64)}
+    with fastckpt.Checkpointer(str(tmp_path / "r")) as checkpointer:
+        checkpointer.save(1, {"t": torch.zeros(3)}, metrics=metrics, note="pre-anneal " + "x" * 4000)
+    row = run("ls", tmp_path / "r").stdout.splitlines()[1]
+    assert "layers.03.gradient_norm=1 (and 60 more) pre-anneal xxx" in row
+    assert row.endswith("x...")
+    assert len(row) < 300
+    assert document(run("ls", tmp_path / "r", "--json"))["snapshots"][0]["metrics"] == metrics
+    shown = run("show", tmp_path / "r").stdout
+    assert "layers.63.gradient_norm=21\n" in shown
+    assert "x" * 4000 in shown
+
+
+def test_a_metric_that_is_no_finite_number_is_refused_and_the_save_after_it_goes_on(tmp_path: Path) -> None:
+    with fastckpt.Checkpointer(str(tmp_path / "r")) as checkpointer:
+        for number in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="finite"):
+                checkpointer.save(1, {"t": torch.zeros(3)}, metrics={"loss": number})
+        checkpointer.save(1, {"t": torch.zeros(3)}, metrics={"loss": 1.0}).wait()
+    assert "loss=1" in run("ls", tmp_path / "r").stdout
+
+
 def test_control_characters_from_the_repository_never_reach_the_terminal(template: Path) -> None:
-    for result in (run("ls", template), run("show", template), run("ls", template, "--json")):
+    for result in (
+        run("ls", template),
+        run("show", template),
+        run("show", template, "--environment"),
+        run("diff", template, 1, 2),
+        run("ls", template, "--json"),
+    ):
         assert result.exit_code == 0
         assert "\x1b" not in result.output
         assert "\u202e" not in result.output
@@ -159,6 +189,30 @@ def test_show_has_keys_values_and_environment(template: Path) -> None:
     assert "model.weight" in plain
     assert "[64, 64]" in plain
     assert "step         1\n" in plain
+    (line,) = (line for line in plain.splitlines() if line.startswith("environment "))
+    assert f"torch {torch.__version__}, Python" in line
+    assert "--environment" in line
+
+
+def test_show_environment_has_every_fact_of_the_record_by_dotted_name_and_reads_no_layout(repo: Path) -> None:
+    record = snapshots(repo)[-1].environment
+    for layout in (repo / "layouts").iterdir():
+        layout.unlink()
+    shown = document(run("show", repo, "--environment", "--json"))
+    assert shown["complete"]
+    facts = shown["facts"]
+    assert facts["torch.version"] == torch.__version__
+    assert facts["determinism.threads"] == record["determinism"]["threads"]
+    assert facts["ranks_per_node"] == [1]
+    names = {f"{name}.{inner}" for name, item in record.items() if isinstance(item, dict) for inner in item}
+    assert set(facts) == names | {name for name, item in record.items() if not isinstance(item, dict)}
+    lines = run("show", repo, "--environment").stdout.splitlines()
+    assert [line.split()[0] for line in lines if line] == ["repository", "step", "created", *facts]
+    assert ["torch.version", torch.__version__] in [line.split() for line in lines]
+    dotted = ["." in name for name in facts]
+    assert dotted == sorted(dotted), "facts that stand alone come first"
+    both = run("show", repo, "--environment", "--values")
+    assert both.exit_code == 2
 
 
 def test_show_without_values_decodes_none(template: Path) -> None:
@@ -327,6 +381,8 @@ def test_every_error_has_its_exit_code(error: BaseException, code: int) -> None:
         (["verify", "{tmp}"], 10, "not a fastckpt repository"),
         (["show", "{repo}", "--step", "77"], 13, "no snapshot of step 77"),
         (["verify", "{repo}", "--step", "77"], 13, "no snapshot of step 77"),
+        (["diff", "{repo}", "1", "77"], 13, "no snapshot of step 77"),
+        (["diff", "{repo}", "1", "new"], 2, "step number"),
         (["restore", "{repo}", "--step", "77", "--to", "{tmp}/x"], 13, "no snapshot of step 77"),
         (["show", "{repo}", "--step", "-1"], 2, "step number"),
         (["verify", "{repo}", "--all", "--step", "1"], 2, "exclude"),
@@ -365,7 +421,18 @@ def process(*args: object, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([FASTCKPT, *map(str, args)], capture_output=True, text=True, **settings)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["ls"], ["show"], ["verify"], ["restore", "--to", "{tmp}/x"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["ls"],
+        ["show"],
+        ["show", "--environment"],
+        ["diff", "1", "2"],
+        ["verify"],
+        ["restore", "--to", "{tmp}/x"],
+    ],
+)
 def test_no_command_but_import_loads_torch_or_rich(template: Path, tmp_path: Path, args: list[str]) -> None:
     code = (
         "import sys; from fastckpt.cli.main import commands\n"
@@ -445,7 +512,9 @@ def test_restore_takes_less_memory_than_the_snapshot_has(tmp_path: Path) -> None
     assert peaks[1] - peaks[0] < size // 3
 
 
-@pytest.mark.parametrize("args", [["ls"], ["show"], ["verify", "--all"], ["restore", "--to", "{tmp}/out"]])
+@pytest.mark.parametrize(
+    "args", [["ls"], ["show"], ["diff", "1", "2"], ["verify", "--all"], ["restore", "--to", "{tmp}/out"]]
+)
 def test_on_a_terminal_tables_and_progress_still_say_the_same(template: Path, tmp_path: Path, args: list[str]) -> None:
     args = [arg.format(tmp=tmp_path) for arg in args]
     ours, theirs = os.openpty()
@@ -464,7 +533,13 @@ def test_on_a_terminal_tables_and_progress_still_say_the_same(template: Path, tm
         assert child.wait() == 0
     os.close(ours)
     text = output.decode()
-    words = {"ls": r"\u202e", "show": "model.weight", "verify": "3 snapshots checked", "restore": "wrote 3 tensors"}
+    words = {
+        "ls": r"\u202e",
+        "show": "model.weight",
+        "diff": "2 changed, 1 the same",
+        "verify": "3 snapshots checked",
+        "restore": "wrote 3 tensors",
+    }
     assert words[args[0]] in text
     assert "\u202e" not in text
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ON_ONE_PROCESS = {"loop.py", "callback.py", "read_without_torch.py", "roll_back.py"}
-UNDER_TORCHRUN = {"fsdp2.py", "ddp.py"}
+UNDER_TORCHRUN = {"fsdp2.py", "ddp.py", "dataloader.py", "moe.py"}
 PARTS_OF_THE_DEMO = {"demo.py", "train_lm.py"}
 
 
@@ -59,7 +60,19 @@ def test_rolling_back_makes_the_last_commit_the_newest(tmp_path: Path) -> None:
     printed = run("roll_back.py", str(tmp_path)).splitlines()
     assert printed[0] == "a restart goes on after step 20"
     assert [line.split(":")[0] for line in printed[1:]] == ["step 10", "step 20", "step 30", "step 20"]
-    assert printed[-1].endswith("lr 0.05")
+    assert [line.split("lr ")[1] for line in printed[1:]] == ["0.1", "2.0", "2.0", "0.05"]
+    losses = [float(line.split()[3].strip(",")) for line in printed[1:]]
+    assert losses[0] < losses[1] < losses[2]
+    with torch.random.fork_rng():  # as if it had never gone wrong: the same model, the same random numbers
+        torch.manual_seed(0)
+        model = torch.nn.Linear(16, 1)
+        for step in range(20):
+            inputs = torch.randn(8, 16)
+            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            torch.optim.SGD(model.parameters(), lr=0.1 if step < 10 else 0.05).step()
+            model.zero_grad()
+    assert printed[-1].split()[3] == f"{loss.item():.3g},"
 
 
 @pytest.mark.distributed
@@ -75,3 +88,26 @@ def test_a_ddp_job_writes_its_model_once(tmp_path: Path) -> None:
     total = int(printed.partition(": ")[2].split()[0])
     assert printed.startswith("step 10")
     assert 17_409 * 12 < total < 17_409 * 12 * 1.2
+
+
+@pytest.mark.distributed
+def test_a_loader_goes_on_in_the_middle_of_an_epoch_at_another_world_size(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    first, rest = (run("dataloader.py", url, processes=processes).split("sample ")[1:] for processes in (2, 1))
+    assert (len(first), len(rest)) == (64, 32)
+    assert sorted(map(int, first + rest)) == list(range(96))
+
+
+@pytest.mark.distributed
+def test_experts_go_on_with_the_same_loss_on_half_as_many_ranks_and_on_one(tmp_path: Path) -> None:
+    """What the ranks compute together does not depend on how many they are, to the last bit."""
+
+    def losses(name: str, processes: int, steps: int) -> list[tuple[int, str]]:
+        words = run("moe.py", str(tmp_path / name), str(steps), processes=processes).replace(",", "").split()
+        assert words[:3] == [str(processes), "ranks:", "loss"]
+        return [(int(words[6]), words[3]), (int(words[10]), words[7])]
+
+    moved = [losses("moved", processes, 10) for processes in (4, 2, 1)]
+    assert [[step for step, _ in pair] for pair in moved] == [[0, 10], [10, 20], [20, 30]]
+    assert [last for _, last in moved[:-1]] == [first for first, _ in moved[1:]]
+    assert [moved[0][0], moved[-1][-1]] == losses("alone", 1, 30)

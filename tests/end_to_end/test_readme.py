@@ -25,6 +25,17 @@ def test_the_first_loop_of_the_readme_saves_and_resumes(tmp_path: Path) -> None:
     assert run(BLOCKS[0], tmp_path, {})["first"] == 101
 
 
+def test_the_callback_of_the_readme_saves_and_resumes(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    names = {"fastckpt": fastckpt, "state": {"model": model}, "steps": 500, "train_step": lambda: 0.5}
+    for _ in range(2):
+        with fastckpt.Checkpointer((tmp_path / "run").as_uri()) as ckpt:
+            exec(compile(BLOCKS[1], "README.md", "exec"), {**names, "ckpt": ckpt})
+            assert ckpt.restore({"model": model}) == 500
+    (snapshot,) = fastckpt.open(str(tmp_path / "run")).snapshots()
+    assert snapshot.metrics == {"loss": 0.5}
+
+
 def test_the_restores_of_the_readme_run(tmp_path: Path) -> None:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 16)])
@@ -36,7 +47,7 @@ def test_the_restores_of_the_readme_run(tmp_path: Path) -> None:
     with fastckpt.Checkpointer((tmp_path / "run").as_uri()) as ckpt:
         ckpt.save(500, state)
         names = {"ckpt": ckpt, "state": state, "model": model, "fastckpt": fastckpt}
-        lines = BLOCKS[1].splitlines()
+        lines = BLOCKS[2].splitlines()
         (rename,) = (line for line in lines if "rename=" in line)
         run("\n".join(line for line in lines if line is not rename), tmp_path, names)
         exec(compile(rename, "README.md", "exec"), {"ckpt": ckpt, "model": renamed})

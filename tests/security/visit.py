@@ -1,5 +1,5 @@
-"""Goes through every front door of a repository that somebody else wrote: opens, lists, shows, verifies, reads,
-restores and exports it. Each visit is a process of its own, watched, with limits on memory, file size and time.
+"""Goes through every front door of a repository that somebody else wrote: opens, lists, shows, compares, verifies,
+reads, restores and exports it. Each visit is a process of its own, watched, with limits on memory, file size and time.
 
     python -m tests.security.visit 'a chunk ...'      # visits by name, one JSON line each
 """
@@ -32,7 +32,7 @@ from fastckpt.restore import Restores, values_of
 from fastckpt.storage.local import LocalStore
 from tests.crash.numpy_job import stored_tensors, stored_values
 from tests.security.audit import Watch
-from tests.security.author import SIZE, SPEC, Author, written
+from tests.security.author import NEW, OLD, SIZE, SPEC, Author, written
 from tests.security.corpus import ATTACKS, ESCAPES, Attack
 
 MEMORY_BYTES_MAX = 64 * 1024**2
@@ -67,6 +67,9 @@ class Visit:
             ["ls", "--long", "--json"],
             ["show", "--values"],
             ["show", "--values", "--json"],
+            ["show", "--environment"],
+            ["diff", str(OLD), str(NEW)],
+            ["diff", str(OLD), str(NEW), "--environment", "--json"],
             ["verify", "--all"],
             ["verify", "--json"],
             ["restore", "--to", str(self._target / "a.safetensors")],

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 import fastckpt
@@ -40,7 +39,11 @@ def refused(state: dict[str, Any]) -> str:
 
 
 class OwnTensor(torch.Tensor):
-    pass
+    """Does not say what plain tensors it is made of."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def quantized() -> torch.Tensor:
@@ -92,9 +95,6 @@ def test_a_partial_dtensor_is_refused_by_name(tmp_path: Path, monkeypatch: pytes
         assert saved({"sums": whole}).read("sums").tolist() == [1, 1, 1]
         text = refused({"x": Shard(whole, offsets=(0,), shape=(3,))})
         assert text.startswith("x: a Shard of a DTensor; a DTensor knows its own boxes")
-        with pytest.warns(UserWarning, match="NO_SHARD"):
-            model = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
-        assert "FSDP1 (FullyShardedDataParallel) is not supported yet" in refused({"model": model})
     finally:
         dist.destroy_process_group()
     assert not os.environ.get("WORLD_SIZE")
@@ -105,23 +105,6 @@ def test_names_that_would_be_mixed_up_are_refused() -> None:
         "m.weight: two things in the state have this key"
     )
     assert "names in the state are non-empty strings" in refused({"": 1})
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    optimizer.state[optimizer.param_groups[0]["params"][0]]["a.b"] = torch.ones(1)
-    assert "without dots, not 'a.b'" in refused({"o": optimizer})
-
-
-def test_an_optimizer_state_of_lists_is_refused_by_name() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.LBFGS(model.parameters())
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = model(torch.ones(1, 2)).square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert refused({"model": model, "optimizer": optimizer}).startswith("optimizer.state.weight.")
 
 
 def test_column_views_of_one_matrix_are_tensors_of_their_own() -> None:

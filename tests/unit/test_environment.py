@@ -66,6 +66,7 @@ def record_of(program: Path, **variables: str) -> dict[str, Any]:
             CANARY: "x",
             "USER": CANARY,
             "HOME": f"/{CANARY}",
+            "CUBLAS_WORKSPACE_CONFIG": f":16:8{CANARY}",
             **variables,
         },
     )
@@ -78,6 +79,7 @@ def record_of(program: Path, **variables: str) -> dict[str, Any]:
 def test_secrets_around_the_job_are_not_recorded_and_its_commit_is(program: Path) -> None:
     record = record_of(program, GIT_DIR="/nonexistent")
     assert record["code"] == {"commit": git(program.parent, "rev-parse", "HEAD"), "dirty": False}
+    assert record["determinism"]["cublas_workspace"] == "other"
 
 
 def test_a_changed_program_is_dirty_and_an_ignored_one_has_no_commit(program: Path) -> None:
@@ -121,6 +123,58 @@ def test_flags_are_those_of_the_moment_and_versions_are_found_once(monkeypatch: 
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
     assert environment()["determinism"]["default_dtype"] == "float64"
+
+
+DETERMINISM = {
+    "deterministic_algorithms",
+    "deterministic_warn_only",
+    "fill_uninitialized_memory",
+    "cudnn_benchmark",
+    "cudnn_deterministic",
+    "cublas_workspace",
+    "float32_matmul_precision",
+    "cuda_matmul_fp32_precision",
+    "cudnn_conv_fp32_precision",
+    "cudnn_rnn_fp32_precision",
+    "fp16_accumulation",
+    "fp16_reduced_precision_reduction",
+    "bf16_reduced_precision_reduction",
+    "sdpa_backends",
+    "default_dtype",
+    "threads",
+}
+
+
+def test_every_switch_that_decides_about_bits_is_recorded_as_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(environment()["determinism"]) == DETERMINISM
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = environment()["determinism"]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        after = environment()["determinism"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_flash_sdp(True)
+    assert before["cudnn_benchmark"] is True
+    assert before["fill_uninitialized_memory"] is False
+    assert before["cublas_workspace"] == ":4096:8"
+    assert after["deterministic_algorithms"] is after["deterministic_warn_only"] is True
+    assert after["sdpa_backends"] == ["mem_efficient", "math", "cudnn"]
+
+
+def test_precision_set_by_the_newer_switches_is_recorded_where_the_older_one_refuses_to_answer() -> None:
+    code = (
+        "import json, torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from fastckpt.job.environment import environment; print(json.dumps(environment()['determinism']))"
+    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    flags = json.loads(result.stdout)
+    assert "float32_matmul_precision" not in flags
+    assert flags["cuda_matmul_fp32_precision"] == "tf32"
 
 
 def test_a_caller_may_change_its_record() -> None:

@@ -196,6 +196,31 @@ def test_a_group_of_one_decides_alone() -> None:
         ask(SoloGroup(), ValueError("full"))
 
 
+def test_what_one_rank_posts_every_rank_sees_until_it_is_replaced_or_withdrawn() -> None:
+    ranks = ThreadGroup(3)
+
+    def work(group: Group) -> list[bytes | None]:
+        def all_are_here(name: str) -> None:
+            exchange(group, b"", lambda replies: joined(checked(replies)), name=name)
+
+        seen = [group.posted("bell")]
+        all_are_here("1")
+        for number, rank in enumerate((2, 0)):
+            if group.rank == rank:
+                group.post("bell", bytes([rank]))
+            all_are_here(f"posted-{number}")
+            seen.append(group.posted("bell"))
+            all_are_here(f"seen-{number}")
+        if group.rank == 1:
+            group.withdraw("bell")
+        all_are_here("withdrawn")
+        return [*seen, group.posted("bell"), group.posted("another")]
+
+    assert ranks.run(work) == [[None, b"\2", b"\0", None, None]] * 3
+    assert work(SoloGroup())[0] is None
+    assert ranks.key_value.keys() == []
+
+
 # --- through node leaders ------------------------------------------------------------------------------------------
 
 

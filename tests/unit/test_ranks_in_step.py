@@ -84,6 +84,15 @@ class MissesAnswer:
             raise CommitTimeout("rank 1 had no answer from rank 0", [0])
         return answer
 
+    def post(self, name: str, data: bytes) -> None:
+        self._group.post(name, data)
+
+    def posted(self, name: str) -> bytes | None:
+        return self._group.posted(name)
+
+    def withdraw(self, name: str) -> None:
+        self._group.withdraw(name)
+
 
 @pytest.mark.parametrize("missed", [1, 2])
 def test_a_rank_that_missed_the_answer_with_a_new_layout_does_not_write_by_the_old_one(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fastckpt.format.shard import Box
-from fastckpt.format.tables import Chunks, Piece
-from fastckpt.plan.restore_plan import Want, plan_reads, regions
+from fastckpt.format.tables import SHARED, Chunks, Layout, Piece
+from fastckpt.plan.restore_plan import Catalog, Fit, Selection, Want, fit, misfits, plan_reads, regions
 from fastckpt.plan.save_plan import COMPARED, Offer, RankOffer, plan_save
 
 
@@ -62,3 +67,94 @@ def test_regions_say_where_wanted_elements_lie_in_a_piece() -> None:
         (Box((10, 5), (1, 1)), Box((10, 4), (1, 2)), 0),
         (Box((11, 5), (1, 1)), Box((11, 0), (1, 6)), 2),
     ]
+
+
+# --- what ranks judge together --------------------------------------------------------------------------------------
+
+KEYS = [("a.w", SHARED), ("a.x", SHARED), ("b.own", 0), ("b.own", 1), ("b.w", SHARED), ("c.w", SHARED)]
+
+
+def layout_of(keys: list[tuple[str, int]]) -> Layout:
+    """Of two ranks."""
+    return Layout(
+        chunk_bytes=4096,
+        keys=[key for key, _ in keys],
+        owners=[owner for _, owner in keys],
+        dtypes=["float32"] * len(keys),
+        shapes=[[1]] * len(keys),
+        aliases=[],
+        shard_keys=[],
+        shard_offsets=[],
+        shard_sizes=[],
+        units=[],
+        writers=[],
+        rank_nodes=[0, 0],
+    )
+
+
+def judged(*ranks: tuple[list[str], set[str], list[str]], only: tuple[str, ...] = ()) -> list[str]:
+    """For two ranks: top-level names of the state, names that have a place, problems."""
+    layout, selection = layout_of(KEYS), Selection(only)
+    fits = {
+        rank: fit(Catalog(layout, rank, 2, selection), asked, used, [], problems)
+        for rank, (asked, used, problems) in enumerate(ranks)
+    }
+    sent = {rank: msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=Fit) for rank, one in fits.items()}
+    return misfits(sent, layout, selection)
+
+
+def extra(*names: str) -> list[str]:
+    return [f"{name}: in the snapshot but not in the state" for name in names]
+
+
+def test_what_any_rank_has_a_place_for_is_no_mismatch() -> None:
+    everything = ["a", "b", "c"]
+    assert judged((everything, {"a.w", "b.own"}, []), (everything, {"a.x", "b.own", "b.w", "c.w"}, [])) == []
+    assert judged((everything, {"a.w", "b.own"}, []), (everything, {"a.w", "b.own", "c.w"}, [])) == extra("a.x", "b.w")
+
+
+def test_what_no_rank_asked_for_may_stay_where_it_is() -> None:
+    assert judged((["a"], {"a.w", "a.x"}, []), (["a"], {"a.w"}, [])) == []
+    assert judged((["a"], {"a.w", "a.x"}, []), (["a", "c"], {"a.w", "a.x"}, [])) == extra("c.w")
+
+
+def test_a_ranks_own_tensor_needs_a_place_on_that_rank() -> None:
+    b = {"b.own", "b.w"}
+    assert judged((["b"], b, []), (["b"], b, [])) == []
+    assert judged((["b"], b, []), (["b"], {"b.w"}, [])) == extra("b.own")
+
+
+def test_what_is_not_selected_is_not_judged() -> None:
+    assert judged((["a", "b"], {"a.w"}, []), (["a", "b"], set(), []), only=("a.w",)) == []
+    assert judged((["a", "b"], set(), []), (["a", "b"], set(), []), only=("z.*",)) == [
+        "only=['z.*'] selects nothing that is both in the state and the snapshot"
+    ]
+
+
+def test_a_problem_names_the_ranks_that_have_it_unless_all_do() -> None:
+    everything = {"a.w", "a.x"}
+    assert judged((["a"], everything, ["both", "one"]), (["a"], everything, ["both"])) == ["both", "one (on rank 0)"]
+
+
+@given(st.lists(st.sets(st.integers(0, 5)), min_size=2, max_size=2))
+def test_extra_names_are_those_in_no_ranks_use(used: list[set[int]]) -> None:
+    layout = layout_of([(f"k{number}", SHARED) for number in range(6)])
+    names = list(layout.keys)
+    fits = {
+        rank: fit(Catalog(layout, rank, 2, Selection()), names, {names[number] for number in own}, [], [])
+        for rank, own in enumerate(used)
+    }
+    assert misfits(fits, layout, Selection()) == extra(*(names[n] for n in range(6) if n not in used[0] | used[1]))
+
+
+@pytest.mark.parametrize(
+    ("unused", "wrong"),
+    [([["v"], []], []), ([["v"], ["v"]], ["v"]), ([["v", "o.g"], ["o.g"]], ["o.g"]), ([["z"], ["z"]], [])],
+)
+def test_a_value_that_no_rank_has_a_place_for_is_a_mismatch(unused: list[list[str]], wrong: list[str]) -> None:
+    layout = layout_of([])
+    fits = {
+        rank: fit(Catalog(layout, rank, 2, Selection()), ["v", "o"], set(), names, [])
+        for rank, names in enumerate(unused)
+    }
+    assert misfits(fits, layout, Selection()) == extra(*wrong)
