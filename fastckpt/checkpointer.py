@@ -33,11 +33,11 @@ from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
 from fastckpt.job.optimizer import broken_step_hook_reason
 from fastckpt.job.staging import Fence, Staging, staging_bytes
-from fastckpt.job.state import describe
+from fastckpt.job.state import describe, first_mesh
 from fastckpt.job.targets import RestoredValue, Targets, find_targets
 from fastckpt.options import Options
 from fastckpt.plan.restore_plan import Catalog, Fit, Selection
-from fastckpt.repository import repository
+from fastckpt.repository import drift, repository
 from fastckpt.repository.reader import Snapshot
 from fastckpt.save import Attempt, Labels, Saves
 from fastckpt.storage.deadline import DeadlineStore
@@ -389,7 +389,8 @@ class Checkpointer:
 
         ``StateMismatch`` lists everything that does not fit, before anything is changed; ``SnapshotDamaged`` names key,
         shard, object and offset: then part of the state holds new values, and saving is refused until a restore
-        succeeds.
+        succeeds. What differs from the environment of the snapshot is logged by rank 0, with its severity
+        (``repository/drift.py``): as a warning if it may change what training computes.
         """
         self._check_open()
         self._join()
@@ -424,6 +425,8 @@ class Checkpointer:
                 continue
             # Steps beyond are no longer this run's past: it may come to them again.
             self._steps = {saved for saved in self._steps if saved <= snapshot.step}
+            if self._group.rank == 0:
+                self._log_drift(snapshot, state)
             return snapshot.step
 
     @staticmethod
@@ -485,6 +488,14 @@ class Checkpointer:
         snapshot.read_into(targets.wants, targets.sinks)
         for apply in targets.apply:
             apply()
+
+    def _log_drift(self, snapshot: Snapshot, state: Mapping[str, Any]) -> None:
+        """Says what differs from the environment that the snapshot was saved in."""
+        mesh = first_mesh(state)
+        now = environment(mesh=mesh, hosts=self._options.record_hosts, nodes=self._group.nodes)
+        for severity, text in drift.describe(drift.differences(snapshot.environment, now)):
+            level = logging.INFO if severity == "info" else logging.WARNING
+            log.log(level, "%s: since step %d was saved (%s): %s", self.url, snapshot.step, severity, text)
 
     def snapshots(self) -> list[Snapshot]:
         """The snapshots in the repository, as this rank sees them now, oldest first."""

@@ -206,6 +206,9 @@ class _Filling:
         finding = self.finding
         stored, record = finding.catalog.tensors.get(full), self.record(full)
         if stored is None and record is None:
+            if owned is not None and finding.elsewhere(_held(full, owned.parameter, owned)):
+                finding.targets.used.add(full)
+                return torch.zeros_like(owned.parameter, requires_grad=False)
             finding.missing(full)
             return current if isinstance(current, torch.Tensor) else _NOTHING
         tensor = current if isinstance(current, torch.Tensor) and self.fits(full, current, stored, owned) else None

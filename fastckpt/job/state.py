@@ -22,7 +22,7 @@ from fastckpt.job.per_rank import PerRank
 from fastckpt.job.rng import RNGState
 from fastckpt.job.tensors import Held, Shard, hold, hold_shard
 from fastckpt.job.values import to_plain
-from fastckpt.plan.save_plan import OWN
+from fastckpt.plan.save_plan import KNOWN, OWN
 
 
 @runtime_checkable
@@ -44,7 +44,6 @@ class Description:
     values: dict[str, object]
     optimizers: list[torch.optim.Optimizer]
     mesh: DeviceMesh | None
-    """The device mesh of the first distributed parameter, for the environment record."""
 
 
 def describe(state: Mapping[str, Any]) -> Description:
@@ -61,17 +60,19 @@ def describe(state: Mapping[str, Any]) -> Description:
         # A Shard item may only say what a parameter is, which nothing but a step changes.
         if walk.held.pop(alias).volatile and not walk.held[target].volatile and alias not in walk.shards:
             walk.held[target] = dataclasses.replace(walk.held[target], volatile=True)
-    return Description(walk.held, aliases, walk.values, walk.optimizers, walk.mesh)
-
-
-def holds_something(name: str, item: object) -> bool:
-    """Whether an item of the state has anything to save: a loss module, for one, has not."""
-    return not isinstance(item, nn.Module) or any(describe_modules(name, item, {}))
+    return Description(walk.held, aliases, walk.values, walk.optimizers, first_mesh(state))
 
 
 def is_rng(item: object) -> bool:
     """Whether an item of the state is the state of the random number generators."""
     return isinstance(item.obj if isinstance(item, PerRank) else item, RNGState)
+
+
+def first_mesh(state: Mapping[str, Any]) -> DeviceMesh | None:
+    """The device mesh of the first distributed parameter, for the environment record."""
+    modules = (item for item in state.values() if isinstance(item, nn.Module))
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return next((parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)), None)
 
 
 class _Walk:
@@ -81,7 +82,6 @@ class _Walk:
         self.shards: set[str] = set()
         """Names of ``Shard`` items."""
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.mesh: DeviceMesh | None = None
         self.parameters = Parameters(state)
 
     def item(self, name: str, item: Any) -> None:
@@ -108,6 +108,8 @@ class _Walk:
             for part in held.parts:
                 self.add(part)
             return
+        if held.sharing == KNOWN and not held.pieces and 0 not in held.shape:
+            return  # the ranks that hold its elements may have taken it apart; here is nothing to tell its class by
         if held.key in self.held:
             raise ValueError(f"{held.key}: two things in the state have this key; rename one")
         self.held[held.key] = held
@@ -116,8 +118,6 @@ class _Walk:
         held, extra = describe_modules(name, root, self.parameters.declared)
         for entry in held:
             self.add(entry)
-        meshes = (parameter.device_mesh for parameter in root.parameters() if isinstance(parameter, DTensor))
-        self.mesh = self.mesh or next(meshes, None)
         for key, module in extra.items():
             self.value(key, module.get_extra_state())
 

@@ -176,6 +176,33 @@ def test_state_made_of_others_is_made_for_a_fresh_optimizer_sharded_like_its_par
         ranks.run(world, state_of_two, str(tmp_path), save)
 
 
+def three_rows(url: str, save: bool) -> None:
+    """On four ranks: the last has no elements, and there the state is plain, as torchao's optimizers make it."""
+    mesh, rows = on_mesh(), torch.arange(18.0).view(3, 6)
+    parameter = nn.Parameter(distribute_tensor(rows, mesh, [Shard(0)], src_data_rank=None))
+    local = parameter.detach().to_local()
+    two = TwoTensor(local, local + 1) if local.numel() else local
+    shape = torch.Size((3, 6))
+    state = DTensor.from_local(two, mesh, [Shard(0)], run_check=False, shape=shape, stride=(6, 1))
+    optimizer = torch.optim.AdamW([parameter])
+    with Checkpointer(url) as ckpt:
+        if save:
+            optimizer.state[parameter]["exp_avg"] = state
+            ckpt.save(1, {"o": optimizer, "t": state})
+            optimizer = torch.optim.AdamW([parameter])
+            assert ckpt.restore({"t": state}) == 1
+        assert ckpt.restore({"o": optimizer}) == 1
+    made = optimizer.state[parameter]["exp_avg"]
+    assert made.shape == (3, 6)
+    if local.numel():
+        assert parts_of(made) == [local.tolist(), (local + 1).tolist()]
+
+
+def test_a_rank_without_elements_need_not_know_what_the_others_have_taken_apart(tmp_path: Path) -> None:
+    for world, save in ((4, True), (5, False), (2, False)):
+        ranks.run(world, three_rows, str(tmp_path), save)
+
+
 def eight_bit(mesh: DeviceMesh, placement: Placement, seed: int) -> tuple[DTensor, Any]:
     """State of torchao's 8-bit optimizers as they make it for a parameter of FSDP2: each rank has scales of its own."""
     from torchao.optim.subclass_8bit import OptimState8bit

@@ -525,3 +525,25 @@ def test_one_line_is_logged_for_a_commit(url: str, caplog: pytest.LogCaptureFixt
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert lines[0].startswith(f"{url}: committed step 5: ")
+
+
+def test_a_restore_says_what_differs_from_the_environment_of_the_snapshot(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"model": torch.nn.Linear(2, 2)}
+    precision = torch.get_float32_matmul_precision()
+    with Checkpointer(url) as ckpt, caplog.at_level(logging.INFO, "fastckpt"):
+        ckpt.save(3, state).wait()
+        caplog.clear()
+        ckpt.restore(state)
+        assert caplog.records == []
+        torch.set_float32_matmul_precision("medium")
+        try:
+            ckpt.restore(state)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+    (line,) = [record for record in caplog.records if "float32_matmul" in record.getMessage()]
+    assert line.levelno == logging.WARNING
+    assert line.getMessage() == (
+        f"{url}: since step 3 was saved (training): determinism.float32_matmul_precision was {precision}, is medium"
+    )
