@@ -215,7 +215,7 @@ def streams(url: str, seed: int | None) -> tuple[float, list[str]]:
                 start(seed)
             ckpt.save(1, state).wait()
             torch.manual_seed(seed)
-    return float(torch.rand(())), [line for line in logged.lines if "random" in line]
+    return float(torch.rand(())), [line for line in logged.lines if line.startswith("rng")]
 
 
 def save_two_streams(url: str) -> list[float]:
