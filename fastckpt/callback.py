@@ -15,13 +15,22 @@ from fastckpt.checkpointer import Checkpointer, Pending
 from fastckpt.errors import FastckptError, SaveError, SnapshotNotFound
 from fastckpt.group import Assembly
 from fastckpt.interval import FAILURE_SECONDS, FIRST_SECONDS, interval_seconds, observed_failure_seconds
-from fastckpt.job.steps import OptimizerSteps, SchedulersBehind, after_each_step, check_stepper
+from fastckpt.job.steps import (
+    OptimizerSteps,
+    SchedulersBehind,
+    after_each_step,
+    check_stepper,
+    holds_optimizer_of,
+)
 from fastckpt.repository.reader import Snapshot
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
 from fastckpt.watcher import Asked, Watcher
 
 log = logging.getLogger("fastckpt")
+
+_attached: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Callback]] = weakref.WeakKeyDictionary()
+"""By optimizer or scheduler. In a notebook the callback of an earlier run of a cell is still there."""
 
 _HISTORY_SECONDS_MAX = 30.0
 """For reading how long earlier jobs lasted: training is not kept waiting for that."""
@@ -50,8 +59,9 @@ class Callback:
     ranks at the end of the agreed step, and ``on_train_end`` waits for the commit. If a rank that got such a signal
     does not reach that end within ``agree_seconds``, because a rank is dead or its main thread stuck in a collective,
     the signal falls to its previous disposition, which for SIGTERM usually is the end of the process; so
-    ``agree_seconds`` must be longer than the longest step. Once that end is reached, further such signals are ignored
-    until the callback is closed. A callback made on another thread than the main one hears no signals, and says so.
+    ``agree_seconds`` must be longer than the longest step. One that comes later, while the last save is on its way,
+    falls to it in ``agree_seconds`` as well. A callback made on another thread than the main one hears no signals, and
+    says so.
     """
 
     def __init__(
@@ -105,6 +115,7 @@ class Callback:
         self._busy_questions = 0
         self._accumulation_warned = False
         self._detach: Callable[[], None] | None = None
+        self._attached_step = 0
         self.failed = 0
         """Saves that failed so far."""
         self.skipped = 0
@@ -161,19 +172,34 @@ class Callback:
 
         ``stepper``: an optimizer, or a learning-rate scheduler, which is the better choice where one steps after the
         optimizer: what steps later than ``stepper`` is saved one step behind. What ``on_step_end`` raises, its ``step``
-        raises; whether to stop, ``stopping`` says. ``stepper`` keeps this callback alive, until ``close`` detaches it.
+        raises; whether to stop, ``stopping`` says. ``stepper`` keeps this callback alive, until ``close`` detaches it;
+        one for the same repository that was attached to it before, as in an earlier run of a notebook's cell, is
+        closed.
         ``TypeError`` if it is neither, ``ValueError`` if this is attached already.
         """
         self._check_open()
         check_stepper(stepper)
         if self._detach is not None:
             raise ValueError("this Callback is attached already: each step would be counted twice")
-        step = (self.on_train_begin() if self._first is None else self._first) - 1
+        others = _attached.setdefault(stepper, weakref.WeakSet())
+        url = self._checkpointer.url
+        for other in [other for other in others if other._checkpointer.url == url and not other._closed]:
+            log.warning(
+                "%s: an earlier Callback was attached to the same steps, and is closed now", other._checkpointer.url
+            )
+            other.close()
+        others.add(self)
+        if not holds_optimizer_of(self._state, stepper):
+            log.warning(
+                "%s: the optimizer that steps is not in the state: a job that resumes starts it afresh",
+                self._checkpointer.url,
+            )
+        self._attached_step = (self.on_train_begin() if self._first is None else self._first) - 1
         behind = SchedulersBehind(self._state, stepper)
         warned = False
 
         def on_step() -> None:
-            nonlocal step, warned
+            nonlocal warned
             late = behind.take()
             if late and not warned:
                 warned = True
@@ -182,14 +208,19 @@ class Callback:
                     "call attach with the scheduler instead of the optimizer",
                     ", ".join(late),
                 )
-            step += 1
+            self._attached_step += 1
             before = self._checkpointer.pending
-            self.on_step_end(step)
+            self.on_step_end(self._attached_step)
             if self._checkpointer.pending is not before:
                 behind.saved()
 
         self._detach = after_each_step(stepper, on_step)
         return self
+
+    def restored(self, state: Mapping[str, Any], step: int) -> None:
+        """The Checkpointer tells of each restore: steps of what this is attached to are counted on from there."""
+        if state is self._state:
+            self._attached_step = step
 
     def on_step_end(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
         """Saves if ``step`` is due. Returns True when training should stop, at the end of the same step on all ranks:
@@ -197,6 +228,8 @@ class Callback:
         self._check_open()
         if self._saved_at is None:
             self._start_clock()
+        if self._listening is not None:
+            self._listening.renew()
         asked = self._watcher.step_ended() if self._watcher is not None else Asked()
         if asked.stop:
             self.stopping = True
@@ -256,12 +289,13 @@ class Callback:
 
     def _save(self, step: int, metrics: Mapping[str, float] | None) -> None:
         self._start_clock()
+        before = self._checkpointer.pending
         try:
-            finite = {name: number for name, number in (metrics or {}).items() if math.isfinite(number)}
+            finite = {name: number for name, number in (metrics or {}).items() if not _is_infinite(number)}
             pending = self._checkpointer.save(step, self._state, metrics=finite)
         except FastckptError as error:
             started = self._checkpointer.pending
-            if started is None or started.step != step:
+            if started is None or started is before:
                 self._count(step, error)
                 return
             pending = started  # the error is an earlier save's, which is looked after as its turn comes
@@ -392,6 +426,14 @@ def _check(
             f"failures_per_day={failures_per_day!r} is a positive number that goes with every_seconds='auto', not with "
             f"every_seconds={every_seconds!r}"
         )
+
+
+def _is_infinite(number: object) -> bool:
+    """What is no number at all is for ``save`` to refuse, which tells the other ranks."""
+    try:
+        return not math.isfinite(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _is_positive(number: object) -> bool:

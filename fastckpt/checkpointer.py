@@ -131,6 +131,9 @@ class Pending:
 class Closable(Protocol):
     """What ends with a Checkpointer."""
 
+    def restored(self, state: Mapping[str, Any], step: int) -> None:
+        """``state`` is that of ``step`` now."""
+
     def close(self) -> None:
         """Waits for no save."""
 
@@ -215,7 +218,9 @@ class Checkpointer:
                 raise TypeError(
                     f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}"
                 )
-            labels.metrics = {name: float(number) for name, number in (metrics or {}).items()}
+            labels.metrics = {name: _checked_metric(name, number) for name, number in (metrics or {}).items()}
+            if not isinstance(note, str):
+                raise TypeError(f"the note is a string, not {note!r}")
             labels.note = note
             try:
                 check_labels(step, dict(labels.metrics), labels.note)
@@ -425,6 +430,8 @@ class Checkpointer:
                 continue
             # Steps beyond are no longer this run's past: it may come to them again.
             self._steps = {saved for saved in self._steps if saved <= snapshot.step}
+            for callback in list(self._callbacks):
+                callback.restored(state, snapshot.step)
             if self._group.rank == 0:
                 self._log_drift(snapshot, state)
             return snapshot.step
@@ -572,6 +579,15 @@ class Checkpointer:
         for failed in self._failed:
             if not failed._raised:
                 log.error("%s: step %d was not saved: %s", self.url, failed.step, failed.error)
+
+
+def _checked_metric(name: object, number: object) -> float:
+    if not isinstance(name, str):
+        raise TypeError(f"names of metrics are strings, not {name!r}")
+    try:
+        return float(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"metric {name!r} is no number: {error}") from error
 
 
 def _checked_step(step: object) -> int:

@@ -49,7 +49,8 @@ def observed_failure_seconds(store: Store) -> float | None:
     while number and len(lasted) < RESTARTS_MAX:
         last = _decision(store, number)
         opened = last if isinstance(last, Open) else _decision(store, names.writer_open_number(last.writer))
-        lasted.append(max(0.0, _time(last.created) - _time(opened.created)))
+        # An OPEN is as late as the first save: a job that saved once would seem to have lasted no time at all.
+        lasted.append(max(FIRST_SECONDS, _time(last.created) - _time(opened.created)))
         number = opened.number - 1
     return sum(lasted) / len(lasted) if lasted else None
 

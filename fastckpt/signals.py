@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
 """Ask the process to end."""
 
 _SIGACTION_BYTES = 1024
-"""More than any system's ``struct sigaction`` has: it is kept and put back as it is, never looked into."""
+"""More than any system's ``struct sigaction`` has."""
 
 
 class Listening:
@@ -42,9 +43,14 @@ class Listening:
         self._hold_seconds = hold_seconds
         self._done = False
 
+    def renew(self) -> None:
+        """On the main thread, now and then: goes on listening where somebody, such as an event loop that has ended,
+        has taken the interpreter's wakeup descriptor away. Till then they are heard when Python runs its handlers."""
+        _hub.renew()
+
     def done(self) -> None:
-        """What signals of ``ENDING`` asked for is being done: none that has come or is yet to come falls to the
-        previous disposition."""
+        """What signals of ``ENDING`` that have come asked for is being done: they do not fall to the previous
+        disposition. One that comes later is not told, and falls in its time."""
         self._done = True
         _hub.let_go(self._signals)
 
@@ -60,9 +66,9 @@ def listen(
     """Calls ``heard`` with each of ``signals`` as it arrives, on the thread that reads them; it must not block.
 
     A previous Python handler of a signal in ``SAVING`` is called as well. One in ``ENDING`` falls to the previous
-    disposition ``hold_seconds`` after it arrived, unless a listener called ``done``: what ended the process, ends it
-    then; a Python handler is called on the main thread; what was ignored, is. ``RuntimeError`` on any thread but the
-    main one, where the interpreter does not let signals be handled, and if no thread can be started.
+    disposition ``hold_seconds`` after it arrived, unless a listener calls ``done`` by then: what ended the process,
+    ends it then; a Python handler is called on the main thread; what was ignored, is. ``RuntimeError`` on any thread
+    but the main one, where the interpreter does not let signals be handled, and if no thread can be started.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("signals can be handled from the main thread only")
@@ -78,7 +84,7 @@ class _Taken:
     previous: Any
     """What ``signal.getsignal`` said: a callable, SIG_DFL, SIG_IGN, or None for a handler that is not Python's."""
     action: ctypes.Array[ctypes.c_char]
-    """The same as the system sees it."""
+    """The same as the system sees it; kept and put back as it is."""
     echoes: int = 0
     """Arrivals still to be read that are our own doing."""
     fallen: bool = False
@@ -101,6 +107,19 @@ class _Wakeup:
         if self._identity is not None and _identity(self._previous) == self._identity:
             with contextlib.suppress(OSError):
                 os.write(self._previous, data)
+
+    def replaced(self) -> bool:
+        """On the main thread: whether the interpreter writes elsewhere by now. A descriptor that was taken away, as an
+        event loop does when it ends, is put back; one that was put in the place of ours stays."""
+        current = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        if current not in (-1, self._writing.fileno()):
+            signal.set_wakeup_fd(current)
+        return current != self._writing.fileno()
+
+    def tell(self, number: int) -> None:
+        """What the interpreter would have written."""
+        with contextlib.suppress(OSError):
+            self._writing.send(bytes([number]))
 
     def close(self) -> bool:
         """On the main thread. False if someone has put a descriptor on top of ours, and may write to ours still."""
@@ -164,6 +183,10 @@ class _Hub:
                 self._listeners.remove(listening)
                 self._settle()
 
+    def renew(self) -> None:
+        if self._wakeup is not None and threading.current_thread() is threading.main_thread():
+            self._wakeup.replaced()
+
     def let_go(self, signals: frozenset[signal.Signals]) -> None:
         with self._lock:
             for number in signals:
@@ -198,7 +221,8 @@ class _Hub:
         if self._wanted() and self._wakeup is None:
             self._wakeup = self._listen()
         for number in self._wanted():
-            if number not in self._taken:
+            # One that was taken may have been reset by whoever put a handler on top of ours: nothing would be heard.
+            if number not in self._taken or not callable(signal.getsignal(number)):
                 self._take(number)
         if not self._taken and self._wakeup is not None and self._wakeup.close():
             self._wakeup = None
@@ -216,7 +240,14 @@ class _Hub:
     def _take(self, number: signal.Signals) -> None:
         action = ctypes.create_string_buffer(_SIGACTION_BYTES)
         _sigaction(number, None, action)
-        self._taken[number] = _Taken(signal.getsignal(number), action)
+        previous = signal.getsignal(number)
+        if not callable(previous) and _handler(action) not in (signal.SIG_DFL, signal.SIG_IGN):
+            log.warning(
+                "%s has a handler that is not Python's, such as faulthandler's: it is not called while a Callback "
+                "listens; use another signal for one of the two, or Callback(signals=())",
+                number.name,
+            )
+        self._taken[number] = _Taken(previous, action)
         signal.signal(number, self._handle)
 
     def _give_back(self, number: signal.Signals) -> None:
@@ -229,13 +260,21 @@ class _Hub:
 
     def _handle(self, number: int, frame: Any) -> None:
         """The handler, on the main thread, between any two of its instructions: takes no lock."""
-        taken = self._taken.get(signal.Signals(number))
-        if taken is None or not callable(taken.previous):
+        taken, wakeup = self._taken.get(signal.Signals(number)), self._wakeup
+        if wakeup is not None and wakeup.replaced():
+            wakeup.tell(number)
+        if taken is None:
             return
         heard = any(number in listening._signals for listening in list(self._listeners)) or number in self._held
-        if number in SAVING or taken.fallen or not heard:
-            taken.fallen = False
-            taken.previous(number, frame)
+        if callable(taken.previous):
+            if number in SAVING or taken.fallen or not heard:
+                taken.fallen = False
+                taken.previous(number, frame)
+        elif not heard and taken.previous != signal.SIG_IGN:
+            # Somebody who had put a handler on top of ours has put ours back after the last listener had gone.
+            signal.signal(number, signal.SIG_DFL)
+            _sigaction(number, taken.action, None)
+            os.kill(os.getpid(), number)
 
     def _read(self, wakeup: _Wakeup) -> None:
         with wakeup.reading:
@@ -262,20 +301,22 @@ class _Hub:
             if self._taken[number].echoes:
                 self._taken[number].echoes -= 1
                 return
-            waiting = [each for each in self._listeners if number in each._signals and not each._done]
-            if number in ENDING and waiting:
-                seconds = min(listening._hold_seconds for listening in waiting)
+            listeners = [each for each in self._listeners if number in each._signals]
+            if number in ENDING and listeners:
+                seconds = min(listening._hold_seconds for listening in listeners)
                 self._held.setdefault(number, time.monotonic() + seconds)
-        for listening in waiting:
-            listening._heard(number)
+        for listening in listeners:
+            if not listening._done:
+                listening._heard(number)
 
     def _fall_back(self) -> None:
         with self._lock:
-            over = [number for number, until in self._held.items() if until <= time.monotonic()]
+            now = time.monotonic()
+            over = {number: self._taken[number] for number, until in self._held.items() if until <= now}
             for number in over:
                 del self._held[number]
-        for number in over:
-            self._fall(number, self._taken[number])
+        for number, taken in over.items():
+            self._fall(number, taken)
 
     def _fall(self, number: signal.Signals, taken: _Taken) -> None:
         if taken.previous == signal.SIG_IGN:
@@ -302,7 +343,8 @@ class _Hub:
         )
 
     def _after_fork(self) -> None:
-        """A forked child, such as a loader's worker, dies of its signals as it would have; the parent hears its own."""
+        """A forked child, such as a loader's worker, dies of its signals as it would have; the parent hears its own.
+        Only what asks for a save, and may be sent to all processes of a job, is nothing to die of."""
         taken, wakeup = self._taken, self._wakeup
         self._forget()
         if wakeup is not None:
@@ -311,6 +353,14 @@ class _Hub:
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, signal.SIG_DFL if before.previous is None else before.previous)
                 _sigaction(number, before.action, None)
+                if number in SAVING and signal.getsignal(number) == signal.SIG_DFL == _handler(before.action):
+                    signal.signal(number, signal.SIG_IGN)
+
+
+def _handler(action: ctypes.Array[ctypes.c_char]) -> int:
+    """Where the system's handler is, or SIG_DFL or SIG_IGN: the first member of the structure, wherever it was looked
+    up."""
+    return int.from_bytes(action.raw[: ctypes.sizeof(ctypes.c_void_p)], sys.byteorder)
 
 
 def _sigaction(number: int, new: Any, old: Any) -> None:

@@ -135,5 +135,5 @@ def check_labels(step: int, metrics: dict[str, float], note: str) -> None:
         raise LimitExceeded(f"the note has {len(note.encode())} bytes, at most {NOTE_BYTES_MAX} are allowed")
     if len(metrics) > METRICS_MAX or any(len(name.encode()) > 256 for name in metrics):
         raise LimitExceeded(f"more than {METRICS_MAX} metrics, or one with a name of more than 256 bytes")
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise LimitExceeded("a metric is not a finite number; leave it out")
+    if infinite := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        raise LimitExceeded(f"metric {infinite[0]!r} is {metrics[infinite[0]]}, not a finite number; leave it out")

@@ -67,6 +67,11 @@ class FlatPlace:
         # FSDP1 gives no gradient to an original parameter that has no elements here.
         return not self.range.original or self.range.count > 0
 
+    @property
+    def boxes(self) -> list[Box] | None:
+        part = self.range
+        return [box for box, _, _ in _boxes(part.shape, part.strides, part.start, part.count)] if part.cut else None
+
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         part = self.range
         flat, offset = tensor.detach(), 0 if part.original else part.offset

@@ -15,6 +15,8 @@ from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastckpt.format.shard import Box
+from fastckpt.job.dtensor import local_boxes
 from fastckpt.job.fsdp1 import FlatPlace, Range, buffer_dtypes, check_not_stray, ranges
 from fastckpt.job.tensors import Held, Shard, hold, hold_shard, memory
 from fastckpt.plan.save_plan import COMPARED, KNOWN, LOWEST, OWN
@@ -39,6 +41,10 @@ class Place(Protocol):
         """Whether an optimizer keeps anything for it on this rank. It keeps nothing, and a restore must leave it so,
         for a parameter that FSDP1 gives no gradient here, because none of its elements are here."""
 
+    @property
+    def boxes(self) -> list[Box] | None:
+        """Which boxes of it this rank holds; None for all of it."""
+
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         """``tensor``, which is the parameter or a state tensor kept for it, as this rank holds it under ``key``."""
 
@@ -60,6 +66,10 @@ class Whole:
     def has_state(self) -> bool:
         return True
 
+    @property
+    def boxes(self) -> list[Box] | None:
+        return [box for box, _ in local_boxes(self.parameter, self.path)] if type(self.parameter) is DTensor else None
+
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         # What is kept for the local part of a distributed tensor, such as a step counter, need not be equal elsewhere.
         unknown = OWN if isinstance(self.parameter, DTensor) else COMPARED
@@ -80,6 +90,10 @@ class Boxed:
     @property
     def has_state(self) -> bool:
         return True
+
+    @property
+    def boxes(self) -> list[Box] | None:
+        return [Box(tuple(self.shard.offsets), tuple(self.shard.tensor.shape))]
 
     def hold(self, key: str, tensor: torch.Tensor) -> Held:
         if tensor.shape != self.shard.tensor.shape:
@@ -108,9 +122,13 @@ def _own_places(visited: Visited, declared: Declared) -> Iterator[tuple[torch.Te
 
 
 def _place(path: str, parameter: torch.Tensor, among: tuple[int, ...], declared: Declared) -> Place:
-    if declared and not isinstance(parameter, DTensor) and (shard := declared.get(memory(parameter))) is not None:
+    if (shard := _declared(parameter, declared)) is not None:
         return Boxed(path, shard)
     return Whole(path, parameter, among)
+
+
+def _declared(tensor: torch.Tensor, declared: Declared) -> Shard | None:
+    return declared.get(memory(tensor)) if declared and not isinstance(tensor, DTensor) else None
 
 
 def describe_modules(name: str, root: nn.Module, declared: Declared) -> tuple[list[Held], dict[str, nn.Module]]:
@@ -122,6 +140,9 @@ def describe_modules(name: str, root: nn.Module, declared: Declared) -> tuple[li
         held += [place.hold(f"{name}.{place.path}", parameter) for parameter, place in _own_places(visited, declared)]
         for own, buffer in module._buffers.items():
             if buffer is not None and own not in module._non_persistent_buffers_set:
+                if (shard := _declared(buffer, declared)) is not None:
+                    held.append(hold_shard(prefix + own, shard, volatile=True))
+                    continue
                 held.append(hold(prefix + own, buffer, sharing=LOWEST, volatile=True))
                 if (dtype := visited.buffer_dtypes.get(visited.prefix + own)) is not None:
                     held[-1] = dataclasses.replace(held[-1], dtype=str(dtype).removeprefix("torch."))
@@ -143,7 +164,8 @@ class Parameters:
     """The parameters an optimizer works on, by the names they have in the modules of the same state.
 
     The name is the parameter's name in its module; where an optimizer works on several modules of the state, the
-    module's name comes before it; a parameter in no module of the state is named by group and position.
+    module's name comes before it. A parameter in no module of the state has the name it has in the state itself; one
+    that is nowhere in it is named by group and position.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -151,7 +173,11 @@ class Parameters:
         self._found: dict[int, tuple[str, dict[int, Place]]] = {}
         """By the id of a parameter: the module's name, and the places by their position in a flat parameter."""
         self._boxed: set[tuple[Any, ...]] = set()
+        self._items: dict[int, str] = {}
+        """By the id of a tensor of the state: its name."""
         for name, root in state.items():
+            if isinstance(root, torch.Tensor | Shard):
+                self._items.setdefault(id(root.tensor if isinstance(root, Shard) else root), name)
             if isinstance(root, nn.Module):
                 for parameter, place in places(root, self.declared):
                     if isinstance(place, Boxed):
@@ -170,7 +196,7 @@ class Parameters:
 
         def owned(number: int, position: int, parameter: torch.Tensor) -> Owned:
             if id(parameter) not in self._found:
-                path = f"{number}.{position}"
+                path = self._items.get(id(parameter), f"{number}.{position}")
                 return Owned(parameter, ((path, _place(path, parameter, (), self.declared)),))
             module, found = self._found[id(parameter)]
             prefix = f"{module}." if len(modules) > 1 else ""
@@ -228,8 +254,7 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
     def visit(path: str, module: nn.Module, replicas: Replicas, in_unit: bool) -> Iterator[Visited]:
         while (inner := _unwrapped(module)) is not None:
             if isinstance(module, DistributedDataParallel):
-                ranks = tuple(torch.distributed.get_process_group_ranks(module.process_group))
-                replicas = Replicas(ranks, path, frozenset(module.parameters_to_ignore))
+                replicas = Replicas(_kept_equal(module), path, frozenset(module.parameters_to_ignore))
             elif isinstance(module, FullyShardedDataParallel):
                 in_unit = True
                 for holder, own, part in ranges(path, module):
@@ -246,6 +271,18 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
                 yield from visit(visited.prefix + name, child, replicas, in_unit)
 
     return visit("", root, Replicas(), False)
+
+
+_EQUAL_HOOKS = frozenset({"default_hooks", "powerSGD_hook", "quantization_hooks", "mixed_precision_hooks"})
+"""Modules of torch whose communication hooks give every rank the same gradients; local SGD, or a user's, may not."""
+
+
+def _kept_equal(module: DistributedDataParallel) -> tuple[int, ...]:
+    """The ranks that DDP keeps equal; none if a communication hook does what nothing here knows of."""
+    for hook, _ in module._comm_hooks:
+        if getattr(hook, "__module__", "").rpartition(".")[2] not in _EQUAL_HOOKS:
+            return ()
+    return tuple(torch.distributed.get_process_group_ranks(module.process_group))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module | None:

@@ -6,15 +6,17 @@ parameter, ``entries`` has the number of the list of what is kept for it, in tha
 keeps it. An entry that is in ``state`` is a plain value, with references to the tensors in it; any other is the tensor
 ``<optimizer>.state.<name>.<entry>``. Of what is kept for distributed parameters, ``local`` are the tensors with
 dimensions that are not distributed, ``distributed`` those without that are. ``common`` is what is kept for no one
-parameter.
+parameter. Where ranks hold parts of parameters, a value of its own, ``<optimizer>.placement``, has a digest of the
+boxes that this rank holds of all of them, in their order: what is its own goes back to the same boxes, to no others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fastckpt.format.value import DEPTH_MAX, TensorReference
-from fastckpt.job.modules import Owned, Parameters, Place
+from fastckpt.job.modules import Boxed, Owned, Parameters, Place
 from fastckpt.job.tensors import Held, hold
 from fastckpt.plan.save_plan import OWN
 
@@ -32,8 +34,8 @@ TARGET_ONLY_OPTIONS = frozenset({"capturable", "differentiable", "foreach", "fus
 
 def describe_optimizer(
     name: str, optimizer: torch.optim.Optimizer, parameters: Parameters
-) -> tuple[list[Held], dict[str, Any]]:
-    """The tensors of an optimizer's state, and the value with all else."""
+) -> tuple[list[Held], dict[str, Any], bytes | None]:
+    """The tensors of an optimizer's state, the value with all else, and the ``placement`` if it matters."""
     keeper = state_keeper(name, optimizer)
     kept = _Kept(name)
     groups: list[dict[str, object]] = []
@@ -47,6 +49,11 @@ def describe_optimizer(
                 if place.has_state and keeper.keeps(owned.parameter):
                     numbers.append(kept.number(tuple(state)))
                     kept.state_of(own, place, owned, state)
+                elif state and not place.has_state:
+                    raise ValueError(
+                        f"{name}: keeps {sorted(map(str, state))} for {own}, of which FSDP1 has no elements on this "
+                        "rank; use torch.distributed.fsdp.fully_shard"
+                    )
                 else:
                     numbers.append(None)
         options = {option: group[option] for option in group if option != "params"}
@@ -55,7 +62,18 @@ def describe_optimizer(
         kept.common[entry] = kept.tree(item, f"{name}.common.{entry}", lambda key, one: hold(key, one, sharing=OWN))
     tree: dict[str, Any] = {"param_groups": groups, "entries": list(map(list, kept.entries)), "state": kept.trees}
     rest = {"local": kept.local, "distributed": kept.distributed, "common": kept.common}
-    return kept.held, tree | {member: found for member, found in rest.items() if found}
+    may_be_own = kept.trees or any(held.sharing == OWN for held in kept.held)
+    placed = placement(parameters.of(optimizer)) if may_be_own else None
+    return kept.held, tree | {member: found for member, found in rest.items() if found}, placed
+
+
+def placement(members: Sequence[Sequence[Owned]]) -> bytes | None:
+    """A digest of the boxes that this rank holds of an optimizer's parameters; None if it has all of them whole."""
+    held = [place.boxes for owners in members for owned in owners for _, place in owned.places]
+    if all(boxes is None for boxes in held):
+        return None
+    texts = ("whole" if boxes is None else repr([box for box in boxes if box.elements]) for boxes in held)
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=16).digest()
 
 
 @dataclass
@@ -137,6 +155,9 @@ def without_tensors(item: object, key: str) -> tuple[object, list[tuple[str, tor
 
 
 def _hold_nested(key: str, tensor: torch.Tensor, place: Place) -> Held:
+    if isinstance(place, Boxed) and not isinstance(tensor, DTensor):
+        # A factor may have the form of the box by chance: only what is kept under a name of its own is taken for it.
+        return hold(key, tensor, sharing=OWN)
     held = place.hold(key, tensor)
     if isinstance(tensor, DTensor) or held.shape != tuple(tensor.shape):
         return held

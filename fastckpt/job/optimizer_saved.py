@@ -30,8 +30,9 @@ class RanksDiffer(Exception):
 class SavedParameter:
     """One parameter as one rank saved it."""
 
+    group: int
     options: Mapping[str, Any]
-    """Of its group."""
+    """Of its group, but for the names of its members, which a restore leaves to the state."""
     entries: tuple[Any, ...] | None
     """What was kept for it, in order; None if another rank kept it."""
     trees: Mapping[Any, Any]
@@ -57,8 +58,11 @@ class SavedOptimizer:
         """Keys of tensors with dimensions that were not distributed though their parameter was."""
         self.distributed: set[str] = set()
         """Keys of tensors without dimensions that were distributed."""
+        self.moved = False
+        """This rank holds other boxes of the parameters than it did in the job of the same size that saved."""
         self._name = name
         self._found = found
+        self._wanted = wanted
         self._selection = selection
         self._stored_directly = stored_directly
         self._mine: dict[str, SavedParameter] = {}
@@ -73,11 +77,14 @@ class SavedOptimizer:
 
     def _read(self, wanted: Collection[str]) -> None:
         """Reads what this rank saved and, only if that does not tell all, what the others did."""
-        snapshot, saved = self._found.value.snapshot, self._found.saved
         if self._found.exact:
             self._mine = self._parameters(self._tree, wanted)
             if all(own in self._mine and self._mine[own].entries is not None for own in wanted):
                 return
+        self._read_all(wanted)
+
+    def _read_all(self, wanted: Collection[str]) -> None:
+        snapshot, saved = self._found.value.snapshot, self._found.saved
         seen: set[str] = set()
         for rank in range(snapshot.world_size):
             digest = snapshot.value_digests(rank).get(saved)
@@ -87,13 +94,24 @@ class SavedOptimizer:
                 for own, parameter in self._parameters(tree, wanted).items():
                     self._all.setdefault(own, []).append(parameter)
 
+    def moved_from(self, saved: object, here: object) -> None:
+        """``saved`` and ``here``: the ``placement`` of this rank then and now. If it holds other parts now, what it
+        saved goes no longer before what others did."""
+        if self._found.resized or saved == here:
+            return
+        self.moved = True
+        if not self._all:
+            self._read_all(self._wanted)
+        self._mine.clear()
+
     def _parameters(self, tree: Any, wanted: Collection[str]) -> dict[str, SavedParameter]:
         lists = tree.get("entries")
         self._one_for_all |= bool(tree.get("common"))
         self.local.update(map(self._selection.renamed, tree.get("local", ())))
         self.distributed.update(map(self._selection.renamed, tree.get("distributed", ())))
         found: dict[str, SavedParameter] = {}
-        for group in tree["param_groups"]:
+        for at, group in enumerate(tree["param_groups"]):
+            options = _without_names(group["options"])
             numbers = group.get("entries", [None] * len(group["params"]))
             for saved, own, number in zip(group["params"], self._renamed(group["params"]), numbers, strict=True):
                 trees = tree["state"].get(saved, {})
@@ -102,7 +120,7 @@ class SavedOptimizer:
                 else:
                     entries = None if number is None else tuple(lists[number])
                 if own in wanted:
-                    found[own] = SavedParameter(group["options"], entries, trees)
+                    found[own] = SavedParameter(at, options, entries, trees)
                 elif entries is not None and len(entries) == len(trees) and not references(trees):
                     self.unused.append(own)
         return found
@@ -130,8 +148,16 @@ class SavedOptimizer:
 
     def group_options(self, number: int) -> Mapping[str, Any]:
         """Of one of ``groups``."""
-        options: Mapping[str, Any] = self._tree["param_groups"][number]["options"]
-        return options
+        return _without_names(self._tree["param_groups"][number]["options"])
+
+    def regrouped(self, groups: Sequence[Sequence[str]]) -> str | None:
+        """A parameter that is in a group of another number now than where it was saved; None if there is none."""
+        for number, names in enumerate(groups):
+            for own in names:
+                mine = self._mine.get(own)
+                if any(each.group != number for each in ([mine] if mine else self._all.get(own, []))):
+                    return own
+        return None
 
     @property
     def common(self) -> Mapping[Any, Any]:
@@ -163,6 +189,11 @@ class SavedOptimizer:
                 f"{self._name}: ranks saved different {what} for parameter {own}, and none of them is this rank's own; "
                 "restore it on the ranks it was saved on"
             )
+
+
+def _without_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    # Of an optimizer that was given named_parameters(): the members of the group as they were called there.
+    return {option: setting for option, setting in options.items() if option != "param_names"}
 
 
 def same(a: object, b: object) -> bool:

@@ -13,8 +13,8 @@ from fastckpt.format import value
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
 from fastckpt.job import subclass
-from fastckpt.job.modules import Owned
-from fastckpt.job.optimizer import TARGET_ONLY_OPTIONS, StateKeeper, state_keeper, without_tensors
+from fastckpt.job.modules import Boxed, Owned, Whole
+from fastckpt.job.optimizer import TARGET_ONLY_OPTIONS, StateKeeper, placement, state_keeper, without_tensors
 from fastckpt.job.optimizer_saved import NoOptimizer, RanksDiffer, SavedOptimizer, SavedParameter, same
 from fastckpt.job.tensors import Held, hold
 from fastckpt.job.values import from_plain, references, torch_dtype
@@ -34,12 +34,17 @@ def find_optimizer(finding: Finding, name: str, optimizer: torch.optim.Optimizer
     if found is None:
         return
     members = finding.parameters.of(optimizer)
+    if (placed := finding.values.get(f"{name}.placement")) is not None:
+        finding.targets.used.add(f"{name}.placement")
     ours = [[own for owned in owners for own, _ in owned.places] for owners in members]
     wanted = {own for owns in ours for own in owns}
     try:
         saved = SavedOptimizer(name, found, wanted, finding.selection, _Directly(finding, name))
+        if placed is not None:
+            saved.moved_from(value.decode(placed.blob), placement(members))
         filling = _Filling(finding, name, keeper, saved)
         filling.check_order(optimizer, ours)
+        filling.check_schedulers(optimizer, ours)
         options = [filling.options(number, group, ours) for number, group in enumerate(optimizer.param_groups)]
         for group, owners in zip(optimizer.param_groups, members, strict=True):
             for owned in owners:
@@ -114,6 +119,21 @@ class _Filling:
         if ours != self.saved.groups:
             raise Unfit(_group_difference(self.name, self.saved.groups, ours))
 
+    def check_schedulers(self, optimizer: torch.optim.Optimizer, ours: list[list[str]]) -> None:
+        """A learning-rate scheduler keeps a rate for each group, by number, and would give it to another group."""
+        moved: str | None = None
+        for name, item in self.finding.state.items():
+            if not isinstance(item, torch.optim.lr_scheduler.LRScheduler) or item.optimizer is not optimizer:
+                continue
+            if self.finding.selection.has(name) and name in self.finding.values:
+                moved = moved or self.saved.regrouped(ours)
+                if moved is not None or (self.saved.exact and len(ours) != len(self.saved.groups)):
+                    what = f"{moved} was saved in a group of another number" if moved else "their number is another"
+                    raise Unfit(
+                        f"{self.name}: {what}, and {name}, a scheduler of it, knows its groups by number; group the "
+                        f"parameters as they were saved, or leave {name} out of the state"
+                    )
+
     def options(self, number: int, group: Mapping[str, Any], ours: list[list[str]]) -> dict[str, Any]:
         """What a group of the state takes over: the options that its parameters had."""
         found = {own: options for own in ours[number] if (options := self.saved.options(own)) is not None}
@@ -134,7 +154,7 @@ class _Filling:
                 return {}
             chosen = self.saved.group_options(number)
         theirs_only = sorted(set(chosen) - set(group))
-        ours_only = sorted(set(group) - set(chosen) - {"params"})
+        ours_only = sorted(set(group) - set(chosen) - {"params", "param_names"})
         if theirs_only and ours_only:  # either alone is a newer torch, or a scheduler's note
             raise Unfit(f"{self.name}: another kind of optimizer was saved: it has {theirs_only}, this one {ours_only}")
         taken = {option: setting for option, setting in chosen.items() if option not in TARGET_ONLY_OPTIONS}
@@ -193,6 +213,9 @@ class _Filling:
     ) -> Any:
         """A plain value, with tensors of the state where those it refers to are to be filled."""
         tensors: dict[str, torch.Tensor] = {}
+        if owned is not None and isinstance(owned.places[0][1], Boxed):  # which what is inside is not a box of
+            own, place = owned.places[0]
+            owned = Owned(owned.parameter, ((own, Whole(place.path, owned.parameter, ())),))
         for key in references(tree):
             full = self.finding.selection.renamed(key)
             tensor = self.tensor(full, existing.get(full), owned, group)
@@ -205,6 +228,11 @@ class _Filling:
         """The tensor that is filled with what was saved under ``full``: ``current`` where that fits, or a new one."""
         finding = self.finding
         stored, record = finding.catalog.tensors.get(full), self.record(full)
+        if stored is not None and self.is_others(stored):
+            raise Unfit(
+                f"{full}: each rank that saved it had its own, for the part of the parameter that it held, which is "
+                "not the part that this rank holds; restore it with the placements it was saved with"
+            )
         if stored is None and record is None:
             if owned is not None and finding.elsewhere(_held(full, owned.parameter, owned)):
                 finding.targets.used.add(full)
@@ -222,6 +250,10 @@ class _Filling:
                 raise Unfit(str(error)) from None
         finding.tensor(_held(full, tensor, owned))
         return tensor
+
+    def is_others(self, stored: Stored) -> bool:
+        """Whether a tensor is this rank's own, but belongs to other parts of the parameters than it holds now."""
+        return self.saved.moved and not self.finding.catalog.is_shared(stored.number)
 
     def fits(self, full: str, tensor: torch.Tensor, stored: Stored | None, owned: Owned | None) -> bool:
         held = _held(full, tensor, owned)

@@ -89,10 +89,12 @@ class _Walk:
             self.module(name, item)
         elif isinstance(item, torch.optim.Optimizer):
             self.optimizers.append(item)
-            held, tree = describe_optimizer(name, item, self.parameters)
+            held, tree, placement = describe_optimizer(name, item, self.parameters)
             for entry in held:
                 self.add(entry)
             self.value(name, tree)
+            if placement is not None:
+                self.add_value(f"{name}.placement", placement)
         elif isinstance(item, Shard):
             self.shards.add(name)
             self.add(hold_shard(name, item, volatile=True))

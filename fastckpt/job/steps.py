@@ -60,23 +60,42 @@ def check_stepper(stepper: object) -> None:
         )
 
 
+def holds_optimizer_of(state: Mapping[str, Any], stepper: Any) -> bool:
+    """Whether the optimizer that steps is in a state: as an item, or as an attribute of one, but for schedulers."""
+    optimizer = getattr(stepper, "optimizer", stepper)
+    items = [item for item in state.values() if not isinstance(item, LRScheduler)]
+    return any(item is optimizer or optimizer in getattr(item, "__dict__", {}).values() for item in items)
+
+
 def after_each_step(stepper: Any, call: Callable[[], None]) -> Callable[[], None]:
     """Has ``call`` called after each ``step`` of an optimizer or a learning-rate scheduler, on the thread that steps;
     what it raises, the step raises. Returns what ends that, and may be called again."""
+    # A compiled step would otherwise compile the save too, again and again.
+    call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     if isinstance(stepper, torch.optim.Optimizer):
         return stepper.register_step_post_hook(lambda *_: call()).remove
     kind = type(stepper)
+    original = kind.__dict__.get("__wrapped__", kind)
+    attached = True
 
     def step(self: Any, *arguments: Any, **named: Any) -> Any:
         result = kind.step(self, *arguments, **named)
-        call()
+        if attached:
+            call()
         return result
 
+    def reduce(self: Any, _: int) -> Any:
+        # A copy is of the class that it was: steps of a copy are no steps of training, and pickle finds it by its name.
+        return object.__new__, (original,), self.__getstate__()
+
     # A class for this one object: whatever is set on the object itself, a scheduler takes for its state.
-    own = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    names = {"step": step, "__reduce_ex__": reduce, "__wrapped__": original, "__doc__": kind.__doc__}
+    own = type(kind.__name__, (kind,), {**names, "__module__": kind.__module__})
     stepper.__class__ = own
 
     def detach() -> None:
+        nonlocal attached
+        attached = False  # what was attached later stays, and with it this class
         if type(stepper) is own:
             stepper.__class__ = kind
 

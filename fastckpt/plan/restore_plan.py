@@ -76,6 +76,10 @@ class Catalog:
         """Whether two keys, by number, are one stored tensor."""
         return self._stored_by.get(a, a) == self._stored_by.get(b, b)
 
+    def is_shared(self, number: int) -> bool:
+        """Whether a key, by number, is not one rank's own."""
+        return self._owners[number] == SHARED
+
     def in_order(self) -> Iterator[tuple[int, bool, str]]:
         """By key number: number, whether the tensor is shared, and its name in the state."""
         for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].number):

@@ -235,7 +235,7 @@ def _check_cover(key: str, shape: list[int], boxes: Mapping[Box, tuple[int, ...]
         have = ", ".join(f"{box} on {_ranks(ranks)}" for box, ranks in itertools.islice(boxes.items(), 8))
         raise ValueError(
             f"{key}: ranks hold {covered} of the {whole} elements of shape {shape}: {have or 'nothing'}; every element "
-            "must be held by some rank: does one not give its Shard?"
+            "must be held by some rank: does one not give its Shard, or has its optimizer not stepped it yet?"
         )
 
 

@@ -371,3 +371,82 @@ def eval_then_save(url: str) -> tuple[dict[str, str], dict[str, str]]:
 def test_a_save_and_a_restore_right_after_an_evaluation_see_the_sharded_parameters(tmp_path: Path) -> None:
     saved, restored = same(ranks.run(2, eval_then_save, str(tmp_path)))
     assert restored == saved
+
+
+def experts(url: str, swapped: bool) -> tuple[float, float]:
+    """Two experts, one a rank, the second of which gets no gradient in the first two of five steps."""
+    me = 1 - rank() if swapped else rank()
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(1, 4))
+    model.register_buffer("peak", torch.full((1,), float(me)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {
+        "model": model,
+        "optimizer": optimizer,
+        "w": Shard(model.w, (me, 0), (2, 4)),
+        "peak": Shard(model.peak, (me,), (2,)),
+    }
+    with Checkpointer(url, options=SMALL) as ckpt:
+        if ckpt.restore(state) is None:
+            for step in range(5):
+                model.w.grad = torch.ones(1, 4) if me == 0 or step > 1 else None
+                optimizer.step()
+            ckpt.save(5, state)
+    return float(optimizer.state[model.w]["step"]), float(model.peak)
+
+
+def misplaced_experts(url: str) -> None:
+    with pytest.raises(StateMismatch, match=r"w\.step: each rank that saved it had its own, for the part of the param"):
+        experts(url, True)
+
+
+def test_a_ranks_own_state_goes_back_to_the_part_of_the_parameter_that_it_belongs_to(tmp_path: Path) -> None:
+    assert ranks.run(2, experts, str(tmp_path), False) == [(5.0, 0.0), (3.0, 1.0)]
+    assert ranks.run(2, experts, str(tmp_path), False) == [(5.0, 0.0), (3.0, 1.0)]
+    ranks.run(2, misplaced_experts, str(tmp_path))
+
+
+class Factored(torch.optim.Optimizer):
+    """Keeps a list with one factor for each parameter, which may have the form of the parameter by chance."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                factors = self.state[parameter].setdefault("factors", [torch.zeros(4, 4)])
+                factors[0].fill_(rank() + 1)
+
+
+def square(url: str) -> list[float]:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = Factored(model.parameters(), {})
+    state = {"model": model, "optimizer": optimizer, "w": Shard(model.weight, (4 * rank(), 0), (8, 4))}
+    with Checkpointer(url, options=SMALL) as ckpt:
+        if ckpt.restore(state) is None:
+            optimizer.step()
+            ckpt.save(1, state)
+    assert fastckpt.open(url).snapshot().layout.owners.count(-1) == 2  # the weight, and its name in the state
+    return [float(factor.mean()) for factor in optimizer.state[model.weight]["factors"]]
+
+
+def test_a_factor_of_the_form_of_a_declared_box_is_not_taken_for_one(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert ranks.run(2, square, str(tmp_path)) == [[1.0], [2.0]]
+
+
+def local_sgd(url: str) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    with Checkpointer(url, options=SMALL) as ckpt:
+        ckpt.save(1, {"model": model}).wait()
+        subgroup = dist.new_group([0, 1])
+        model.register_comm_hook(PostLocalSGDState(None, subgroup, 100), post_localSGD_hook)
+        with torch.no_grad():
+            model.module.bias += rank()
+        with pytest.raises(ValueError, match=r"model\.bias: differs between ranks"):
+            ckpt.save(2, {"model": model}).wait()
+
+
+def test_copies_that_a_communication_hook_does_not_keep_equal_are_compared(tmp_path: Path) -> None:
+    ranks.run(2, local_sgd, str(tmp_path))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import math
 import os
+import pickle
 import secrets
 import signal
 import threading
@@ -318,9 +321,13 @@ def test_sigterm_saves_and_stops_where_it_was_asked_to(url: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         step = train_until(callback, lambda: callback.stopping)
         os.kill(os.getpid(), signal.SIGTERM)  # once more does not hurt
+        end = time.monotonic() + SECONDS
+        while not signals._hub._held:
+            assert time.monotonic() < end
+            time.sleep(0.001)
         assert callback.on_step_end(step) is True
-        assert signals._hub._held == {}, "it has been done"
         callback.on_train_end()
+        assert signals._hub._held == {}, "it has been done"
         assert steps(ckpt) == [step - 1]
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -503,6 +510,94 @@ def test_an_attached_loop_sees_that_it_is_to_stop(url: str) -> None:
             training.step()
         callback.on_train_end()
         assert steps(ckpt) == [training.schedule.last_epoch]
+
+
+def test_after_a_roll_back_attached_steps_are_counted_from_the_step_that_was_restored(url: str) -> None:
+    training = Training()
+    with Checkpointer(url) as ckpt:
+        callback = Callback(ckpt, training.state, every_steps=2).attach(training.schedule)
+        for _ in range(4):
+            training.step()
+        assert ckpt.restore(training.state, step=2) == 2
+        for _ in range(2):
+            training.step()
+        callback.on_train_end()
+        assert steps(ckpt) == [2, 4, 4]
+        assert training.schedule.last_epoch == 4
+
+
+def test_a_cell_run_again_closes_the_callback_that_its_first_run_attached(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training()
+    kept = []
+    for run in range(3):
+        ckpt = Checkpointer(url)
+        kept.append((ckpt, Callback(ckpt, training.state, every_steps=1).attach(training.optimizer)))
+        training.step()
+        ckpt.close()
+        assert steps(ckpt)[-1] == run + 1
+    assert caplog.text.count("an earlier Callback was attached to the same steps, and is closed now") == 0
+    ckpt = Checkpointer(url)
+    for _ in range(2):
+        Callback(ckpt, training.state, every_steps=1).attach(training.optimizer)
+    assert caplog.text.count("an earlier Callback was attached to the same steps, and is closed now") == 1
+    training.step()
+    ckpt.close()
+    assert steps(ckpt)[-1] == 4
+
+
+def test_two_repositories_of_one_schedule_end_in_any_order_and_copies_do_not_count(url: str) -> None:
+    training = Training()
+    with Checkpointer(f"{url}-a") as first, Checkpointer(f"{url}-b") as second:
+        one = Callback(first, training.state, every_steps=1).attach(training.schedule)
+        other = Callback(second, training.state, every_steps=1).attach(training.schedule)
+        training.step()
+        for copied in (copy.deepcopy(training.schedule), pickle.loads(pickle.dumps(training.schedule))):
+            assert type(copied) is lr_scheduler.StepLR
+            copied.step()
+        one.on_train_end()
+        training.step()
+        other.on_train_end()
+        training.step()
+        assert (steps(first), steps(second)) == ([1], [1, 2])
+
+
+def test_attaching_to_an_optimizer_that_is_not_saved_warns(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training()
+    with Checkpointer(url) as ckpt:
+        Callback(ckpt, {"model": training.model}, every_steps=1).attach(training.optimizer).close()
+        assert caplog.text.count("the optimizer that steps is not in the state") == 1
+        Callback(ckpt, training.state, every_steps=1).attach(training.schedule).close()
+        assert caplog.text.count("the optimizer that steps is not in the state") == 1
+
+
+def test_a_step_saved_twice_is_a_failure_and_no_second_commit(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[int] = []
+    with Checkpointer(url) as ckpt:
+        callback = Callback(ckpt, state(), every_steps=2, on_committed=lambda snapshot: seen.append(snapshot.step))
+        for _ in range(2):
+            callback.on_step_end(2)
+        callback.on_train_end()
+    assert seen == [2]
+    assert callback.failed == 1
+    assert "this job has saved step 2 already" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"metrics": {"loss": None}}, "metric 'loss' is no number"),
+        ({"metrics": {3: 1.0}}, "names of metrics are strings, not 3"),
+        ({"metrics": {"loss": math.nan}}, "metric 'loss' is nan, not a finite number"),
+        ({"note": None}, "the note is a string, not None"),
+    ],
+)
+def test_labels_that_cannot_be_are_named(url: str, wrong: dict[str, Any], said: str) -> None:
+    with Checkpointer(url) as ckpt:
+        with pytest.raises((TypeError, ValueError), match=said):
+            ckpt.save(1, state(), **wrong)
+        ckpt.save(1, state())
 
 
 # --- what is left behind -------------------------------------------------------------------------------------------

@@ -381,6 +381,55 @@ def test_parameters_find_their_options_and_state_by_name_however_they_are_groupe
     assert (together.param_groups[0]["lr"], together.state) == (7.0, {})
 
 
+def test_groups_in_another_order_are_refused_with_a_scheduler_which_knows_them_by_number(url: str) -> None:
+    def trained(reverse: bool, together: bool = False) -> State:
+        model = network(1)
+        groups = [{"params": [model[0].weight], "lr": 1e-2}, {"params": [model[0].bias, model[2].weight], "lr": 1e-4}]
+        optimizer = optim.AdamW(model.parameters() if together else groups[:: -1 if reverse else 1])
+        schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"model": model, "optimizer": optimizer, "schedule": schedule}
+
+    save(url, trained(reverse=False))
+    restore(url, trained(reverse=False))
+    text = refusal(url, trained(reverse=True))
+    assert "schedule, a scheduler of it, knows its groups by number" in text
+    state = trained(reverse=True)
+    del state["schedule"]
+    restore(url, state)
+    assert [group["lr"] for group in state["optimizer"].param_groups] == [1e-4, 1e-2]
+
+
+def test_names_given_to_an_optimizer_are_the_states_own(url: str) -> None:
+    model, again = network(1), network(2)
+    optimizer = optim.AdamW(model.named_parameters())
+    train(model, [optimizer], range(2))
+    save(url, {"model": model, "optimizer": optimizer})
+    groups = [{"params": [*again[0].named_parameters("0")]}, {"params": [*again[2].named_parameters("2")]}]
+    other = optim.AdamW(groups)
+    restore(url, {"model": again, "optimizer": other})
+    assert [group["param_names"] for group in other.param_groups] == [["0.weight", "0.bias"], ["2.weight"]]
+    assert shown(again, other) == shown(model, optimizer)
+    restore(url, {"model": again, "optimizer": optim.AdamW(again.parameters())})
+
+
+def test_tensors_of_the_state_are_known_to_an_optimizer_by_their_names(url: str) -> None:
+    def trained(order: int) -> State:
+        state: State = {name: torch.zeros(2, requires_grad=True) for name in ("v", "w")}
+        state["optimizer"] = optim.SGD([state["v"], state["w"]][::order], lr=0.1, momentum=0.9)
+        for number, name in enumerate(("v", "w")):
+            state[name].grad = torch.full((2,), number + 1.0)
+        return state
+
+    saved = trained(1)
+    saved["optimizer"].step()
+    save(url, saved)
+    again = trained(-1)
+    restore(url, again)
+    for name in ("v", "w"):
+        kept, restored = (state["optimizer"].state[state[name]]["momentum_buffer"] for state in (saved, again))
+        assert torch.equal(kept, restored), name
+
+
 def test_a_parameter_that_was_not_saved_is_left_alone_if_that_is_asked_for(url: str) -> None:
     model = network(1)
     optimizer = optim.AdamW([*model[0].parameters()], lr=0.2)

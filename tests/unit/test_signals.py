@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import faulthandler
 import gc
+import logging
 import os
 import queue
 import signal
@@ -137,20 +139,87 @@ def test_an_ignored_signal_stays_ignored() -> None:
     assert signal.signal(signal.SIGTERM, previous) == signal.SIG_IGN
 
 
-def test_what_was_done_does_not_fall_nor_does_what_comes_after(handled: Callable[[int], Heard]) -> None:
+def test_what_was_done_does_not_fall_and_what_comes_after_is_not_told_but_falls_in_its_time(
+    handled: Callable[[int], Heard],
+) -> None:
     before, heard = handled(signal.SIGTERM), Heard()
-    listening = listen(BOTH, heard.put, hold_seconds=SECONDS)
+    listening = listen(BOTH, heard.put, hold_seconds=0.5)
     other = listen([signal.SIGUSR2], heard.put, hold_seconds=SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
     assert heard.next() == signal.SIGTERM
     listening.done()
+    assert signals._hub._held == {}
     for number in (signal.SIGTERM, signal.SIGUSR2):
         os.kill(os.getpid(), number)
     assert heard.next() == signal.SIGUSR2, "which was read after the other"
-    assert signals._hub._held == {}
     assert before.empty()
+    run_until(lambda: not before.empty())  # the last save may wait for a rank that is dead
+    assert before.next() == signal.SIGTERM
     listening.close()
     other.close()
+
+
+def test_signals_are_heard_after_an_event_loop_has_taken_the_wakeup_descriptor_away() -> None:
+    async def handle_a_signal() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
+
+    heard = Heard()
+    listening = listen([signal.SIGUSR2], heard.put, hold_seconds=SECONDS)
+    asyncio.run(handle_a_signal())
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert heard.next() == signal.SIGUSR2
+    listening.close()
+
+
+def test_a_handler_of_ours_that_is_put_back_after_we_are_gone_does_what_was_there_before() -> None:
+    code = """
+import os, signal, time
+from fastckpt.signals import listen
+listening = listen([signal.SIGTERM], print, hold_seconds=1)
+ours = signal.signal(signal.SIGTERM, lambda *_: None)
+listening.close()
+signal.signal(signal.SIGTERM, ours)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    result = subprocess.run([sys.executable, "-c", code], timeout=SECONDS)
+    assert result.returncode == -signal.SIGTERM
+
+
+def test_a_listener_is_heard_after_another_program_has_reset_the_handler() -> None:
+    first = listen([signal.SIGUSR2], lambda _: None, hold_seconds=SECONDS)
+    ours = signal.signal(signal.SIGUSR2, lambda *_: None)
+    first.close()
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    heard = Heard()
+    second = listen([signal.SIGUSR2], heard.put, hold_seconds=SECONDS)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert heard.next() == signal.SIGUSR2
+    second.close()
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+    assert callable(ours)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_die_of_what_asks_for_a_save() -> None:
+    listening = listen([signal.SIGUSR2], lambda _: None, hold_seconds=SECONDS)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    listening.close()
+
+
+def test_a_handler_that_is_not_pythons_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    faulthandler.register(signal.SIGUSR2)
+    try:
+        with caplog.at_level(logging.WARNING, "fastckpt"):
+            listen([signal.SIGUSR2], lambda _: None, hold_seconds=SECONDS).close()
+    finally:
+        faulthandler.unregister(signal.SIGUSR2)
+    assert "SIGUSR2 has a handler that is not Python's, such as faulthandler's" in caplog.text
 
 
 def test_a_signal_that_is_held_when_the_listener_closes_still_falls(handled: Callable[[int], Heard]) -> None:
