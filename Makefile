@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST_TESTS := tests/unit tests/property tests/contract tests/test_house_rules.py
-# Files side by side on the machine's cores, in the order of their names, which leaves the short ones for last.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# Files side by side on the cores of the machine.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check soak clean install system lint
