@@ -9,7 +9,7 @@ FAST_TESTS := tests/unit tests/property tests/contract tests/test_house_rules.py
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak clean install system lint
+.PHONY: help demo test check soak bench clean install system lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ check: lint  ## linters, types, import rules and the fast tests; under three min
 
 soak: system $(STAMP)  ## the tests that take minutes to hours
 	$(BIN)/python -m pytest -m soak tests
+
+bench: $(STAMP)  ## saves, stalls and restores beside other libraries', with tables and plots; under 15 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench]'
+	$(BIN)/python -m bench.compare --gib 2 --runs 5
 
 clean:  ## remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .import_linter_cache .hypothesis

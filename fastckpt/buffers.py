@@ -6,16 +6,23 @@ written to core dumps. Freed slots are reused, never returned to the system: fre
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from fastckpt.errors import AttemptAborted, SaveError
 
+_FAULT_BYTES = 64 * 1024 * 1024
+_MADV_POPULATE_WRITE = 23
+
 
 class Source(Protocol):
-    """The bytes of one shard, in C order, little-endian. Called from one staging thread at a time."""
+    """The bytes of one shard, in C order, little-endian. Any thread may call."""
 
     bytes: int
 
@@ -34,52 +41,84 @@ class Sink(Protocol):
 class Slot:
     """One buffer of a pool. ``view`` is writable and page-aligned."""
 
-    def __init__(self, number: int, view: memoryview) -> None:
-        self.number = number
+    def __init__(self, start: int, view: memoryview) -> None:
+        self.start = start
         self.view = view
 
 
 class Pool:
-    """``count`` buffers of ``slot_bytes`` each. Any thread may take and give.
+    """Memory for ``count`` buffers of ``slot_bytes`` each, or for as many of other sizes as there is room for. Any
+    thread may take and give.
 
     ``SaveError`` if the system does not give the memory, or no descriptor for it.
     """
 
-    def __init__(self, slot_bytes: int, count: int) -> None:
+    def __init__(self, slot_bytes: int, count: int = 1) -> None:
         if slot_bytes <= 0 or count <= 0:
             raise ValueError(f"a pool of {count} slots of {slot_bytes} bytes")
-        page = mmap.PAGESIZE
-        self.slot_bytes = -(-slot_bytes // page) * page
-        self.count = count
-        size = self.slot_bytes * count
+        self.slot_bytes = in_pages(slot_bytes)
+        self.bytes = self.slot_bytes * count
         try:
-            self._map = _shared_memory(size)
+            self._map = _shared_memory(self.bytes)
         except OSError as error:
             raise SaveError(
-                f"cannot get {size} bytes of memory for staging buffers: {error.strerror or error}; lower "
+                f"cannot get {self.bytes} bytes of memory for staging buffers: {error.strerror or error}; lower "
                 "Options(staging_bytes_max=...), or raise the limits on memory and open files that the job runs under"
             ) from error
         self._view = memoryview(self._map)
-        self._free = list(range(count))
+        self.address = address(self._view)
+        self._free = [(0, self.bytes)]
+        """Runs (start, length) that nobody has, ascending, with something between any two."""
         self._changed = threading.Condition()
         self._cancelled = False
 
-    def take(self) -> Slot:
-        """A free slot; waits for one. ``AttemptAborted`` once the pool is cancelled."""
+    def take(self, size: int | None = None) -> Slot:
+        """A free buffer of ``size`` bytes, or of ``slot_bytes``; waits for one. ``AttemptAborted`` once the pool is
+        cancelled."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._cancelled)
-            if self._cancelled:
-                raise AttemptAborted("the attempt was given up while it waited for a staging buffer")
-            number = self._free.pop()
-        start = number * self.slot_bytes
-        return Slot(number, self._view[start : start + self.slot_bytes])
+            while (slot := self._find(size)) is None:
+                self._changed.wait()
+            return slot
+
+    def try_take(self, size: int | None = None) -> Slot | None:
+        """Like ``take``, but None if there is no room now."""
+        with self._changed:
+            return self._find(size)
+
+    def _find(self, size: int | None) -> Slot | None:
+        if self._cancelled:
+            raise AttemptAborted("the attempt was given up while it waited for a staging buffer")
+        size = self.slot_bytes if size is None else size
+        wanted = in_pages(size)
+        assert 0 < wanted <= self.bytes, "the pool is too small for this"
+        for number, (start, length) in enumerate(self._free):
+            if length >= wanted:
+                self._free[number : number + 1] = [(start + wanted, length - wanted)] if length > wanted else []
+                return Slot(start, self._view[start : start + size])
+        return None
 
     def give(self, slot: Slot) -> None:
         """Returns a slot; its view must not be used any more."""
+        start, length = slot.start, in_pages(len(slot.view))
         slot.view.release()
         with self._changed:
-            self._free.append(slot.number)
-            self._changed.notify()
+            free = self._free
+            at = bisect.bisect(free, (start, 0))
+            if at < len(free) and free[at][0] == start + length:
+                length += free.pop(at)[1]
+            if at and sum(free[at - 1]) == start:
+                at -= 1
+                start, before = free.pop(at)
+                length += before
+            free.insert(at, (start, length))
+            self._changed.notify_all()
+
+    def fault(self, is_enough: Callable[[], bool]) -> None:
+        """Has the system back all of the memory now, unless ``is_enough``: the first touch of a page is slow."""
+        for start in range(0, self.bytes, _FAULT_BYTES):
+            if is_enough():
+                return
+            _populate(self._view[start : start + _FAULT_BYTES])
 
     def cancel(self) -> None:
         """Wakes everyone who waits in ``take``, with ``AttemptAborted``."""
@@ -90,7 +129,7 @@ class Pool:
     def reset(self) -> None:
         """Makes a cancelled pool usable again. Every slot must have been given back."""
         with self._changed:
-            assert len(self._free) == self.count, "a slot is still in use"
+            assert self._free == [(0, self.bytes)], "a slot is still in use"
             self._cancelled = False
 
     def close(self) -> bool:
@@ -104,15 +143,40 @@ class Pool:
         return True
 
 
+def address(view: memoryview) -> int:
+    """Of the first byte of a view that may be written to."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def _populate(view: memoryview) -> None:
+    """Makes the pages of a view present. Leaves what is in them."""
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.madvise(ctypes.c_void_p(address(view)), ctypes.c_size_t(len(view)), _MADV_POPULATE_WRITE) == 0:
+            return
+    for at in range(0, len(view), mmap.PAGESIZE):  # before Linux 5.14
+        view[at] = view[at]
+
+
+def in_pages(size: int) -> int:
+    """The bytes of the pages that ``size`` bytes take."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 def _shared_memory(size: int) -> mmap.mmap:
     if not hasattr(os, "memfd_create"):  # not Linux
         return mmap.mmap(-1, size)
     descriptor = os.memfd_create("fastckpt-staging", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, size)
-        memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
+        return map_shared(descriptor, size)
     finally:
         os.close(descriptor)
+
+
+def map_shared(descriptor: int, size: int) -> mmap.mmap:
+    """Maps a file of memory, so that it is neither inherited by a fork nor written to core dumps."""
+    memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
     memory.madvise(mmap.MADV_DONTFORK)
     memory.madvise(mmap.MADV_DONTDUMP)
     return memory

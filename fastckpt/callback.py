@@ -160,6 +160,8 @@ class Callback:
                     "from the beginning with resume='if-any'"
                 )
             first = (step or 0) + 1
+            if step is not None:  # at the very beginning optimizers have no state yet, which is most of what is saved
+                self._checkpointer.prepare(self._state)
         if self._every_seconds == "auto" and self._failure_seconds is None and self._checkpointer.group.rank == 0:
             self._failure_seconds = _failure_seconds(self._checkpointer.url)
         self._first = first

@@ -5,13 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import math
 import operator
 import os
 import threading
-import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsIndex
 
@@ -28,18 +26,20 @@ from fastckpt.errors import (
 )
 from fastckpt.format.decision import check_labels
 from fastckpt.group import Group
-from fastckpt.job.asked import asked_names
+from fastckpt.job.asked import Asked, ask
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
+from fastckpt.job.memory import StagingMemory
 from fastckpt.job.optimizer import broken_step_hook_reason
-from fastckpt.job.staging import Fence, Staging, staging_bytes
-from fastckpt.job.state import describe, first_mesh
+from fastckpt.job.profile import profile_range
+from fastckpt.job.staging import Fence, Staging
+from fastckpt.job.state import Describer, first_mesh
 from fastckpt.job.targets import RestoredValue, Targets, find_targets
 from fastckpt.options import Options
 from fastckpt.plan.restore_plan import Catalog, Fit, Selection
 from fastckpt.repository import drift, repository
 from fastckpt.repository.reader import Snapshot
-from fastckpt.save import Attempt, Labels, Saves
+from fastckpt.save import Agreed, Attempt, Labels, Saves
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
 from fastckpt.trace import Trace
@@ -54,10 +54,9 @@ STORAGE_SECONDS_SHARE = 0.75
 class Pending:
     """One save on its way: staged, then written, then committed; or failed. Any thread may ask and wait."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, trace: Trace) -> None:
         self.step = step
-        self._started = time.monotonic()
-        self._trace = Trace()
+        self._trace = trace
         self._staged = threading.Event()
         self._finished = threading.Event()
         self._status: Literal["staging", "staged", "written", "committed", "failed"] = "staging"
@@ -92,9 +91,20 @@ class Pending:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Seconds and bytes by stage, so far: ``return_seconds`` (what ``save`` took), ``fence_seconds`` (what the
-        optimizer waited), ``stage_bytes``, ``write_seconds``, ``committed_seconds`` (from the call) and so on."""
+        """Seconds and bytes by stage, so far, on this rank: ``return_seconds`` (what ``save`` took), ``fence_seconds``
+        (what the optimizer waited), ``stage_bytes``, ``write_seconds`` (of all threads together),
+        ``committed_seconds`` (from the call) and so on; ``fastckpt/trace.py`` has the table."""
         return self._trace.counters()
+
+    def timeline(self) -> dict[str, Any]:
+        """The stages so far, on this rank, by thread, in Chrome's trace event format: written with ``json.dump``, it is
+        a file for ui.perfetto.dev or chrome://tracing. Of more than 131,072 the longest; ``otherData`` has how many
+        were left out. Any thread.
+
+        Timestamps are wall clock, so files of several ranks can be shown as one: put together what their
+        ``traceEvents`` list. Between nodes they are as far apart as the clocks are.
+        """
+        return self._trace.timeline(self.step)
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Waits until the last live tensor has been read; from then on anything may change. ``TimeoutError`` after
@@ -119,6 +129,7 @@ class Pending:
     def _mark(self, status: Literal["staged", "written"]) -> None:
         self._status = status
         if status == "staged":
+            self._trace.add_since_start("staged")
             self._staged.set()
 
     def _finish(self, error: BaseException | None) -> None:
@@ -161,14 +172,18 @@ class Checkpointer:
         self._saves = Saves(self._store, self._group, self._options)
         self._restores = restore_flow.Restores(self._store, self._group, seconds_max)
         self._pending: Pending | None = None
+        self._describer = Describer(self._options.copy)
         self._staging: Staging | None = None
         self._thread: threading.Thread | None = None
         self._failed: list[Pending] = []
-        self._pool: Pool | None = None
-        self._in_use: list[Pool] = []
+        on_node = sum(node == self._group.nodes[self._group.rank] for node in self._group.nodes)
+        self._memory = StagingMemory(self._options.staging_bytes_max, on_node)
+        self._is_wanted = threading.Event()
+        """Set when a save is not to wait for memory to be backed any longer."""
         self._steps: set[int] = set()
         self._cleaner: threading.Thread | None = None
         self._broken: BaseException | None = None
+        self._restored: Snapshot | None = None
         self._closed = False
         self._callbacks: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._callback_count = 0
@@ -207,13 +222,23 @@ class Checkpointer:
         self._check_open()
         self._hold_step()  # what the save before is still reading must not be waited for without limit here either
         self._release()
-        pending = Pending(step)
+        pending = Pending(step, self._new_trace())
+        with pending._trace.span("return"):
+            self._start(pending, state, metrics, note)
+        # Only now: ranks learn of a failure at different moments, and must start the same saves all the same.
+        self._raise_earlier(than=pending)
+        return pending
+
+    def _start(
+        self, pending: Pending, state: Mapping[str, Any], metrics: Mapping[str, float] | None, note: str
+    ) -> None:
+        """The part of a save that happens in the call."""
         labels = Labels()
         offered: Staging | BaseException
         # Whatever is wrong on this rank alone is told to all: a rank that stayed away would be waited for.
         try:
             self._check_whole()
-            step = pending.step = _checked_step(step)
+            step = pending.step = _checked_step(pending.step)
             if not isinstance(state, Mapping):
                 raise TypeError(
                     f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}"
@@ -230,21 +255,23 @@ class Checkpointer:
                 self._join()  # it may be about to fail, and then may be tried again
             if step in self._steps:
                 raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
-            description = describe(state)
-            offered = Staging(description, self._options.copy, self._group.size)
+            with pending._trace.span("describe"):
+                description = self._describer.describe(state)
+                offered = Staging(description, self._group.size)
             copy = self._options.fence == "copy" or broken_step_hook_reason(description.optimizers) is not None
         except Exception as error:
             offered, copy = error, False
         attempt: Attempt | None = None
         if isinstance(offered, BaseException) or not self._saves.expects(offered):
             self._join()
-            attempt = self._saves.agree(step, offered)
+            attempt = self._saves.agree(pending.step, offered, pending._trace)
         assert isinstance(offered, Staging)
         if self._group.rank == 0:
             labels.environment = environment(
                 mesh=offered.mesh, hosts=self._options.record_hosts, nodes=self._group.nodes
             )
-        self._steps.add(step)
+        self._steps.add(pending.step)
+        self._is_wanted.set()
         self._pending, self._staging = pending, offered
         work = (pending, offered, attempt, labels, self._thread)
         thread = threading.Thread(target=self._run, args=work, name="fastckpt-save", daemon=True)
@@ -255,10 +282,34 @@ class Checkpointer:
             self._run(*work)
         if copy:
             self._hold_step()
-        pending._trace.add_since("return", pending._started)
-        # Only now: ranks learn of a failure at different moments, and must start the same saves all the same.
-        self._raise_earlier(than=pending)
-        return pending
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Meets the other ranks now for what the first save of ``state`` would need them for, and has the system back
+        the staging memory, behind the training loop: the first save then costs no more than those that follow. Writes
+        nothing. All ranks call it, if any does. ``ValueError`` or ``TypeError`` naming keys that cannot be saved.
+        """
+        self._check_open()
+        self._hold_step()
+        self._release()
+        offered: Staging | BaseException
+        try:
+            offered = Staging(self._describer.describe(state), self._group.size)
+        except Exception as error:
+            offered = error
+        self._join()
+        agreed = self._saves.prepare(offered)
+        assert isinstance(offered, Staging)
+        devices = offered.devices
+        offered.release()
+        self._is_wanted.clear()
+        thread = threading.Thread(target=self._fault, args=(agreed, devices), name="fastckpt-prepare", daemon=True)
+        with contextlib.suppress(RuntimeError, MemoryError):  # the save itself does all that it needs
+            thread.start()
+            self._thread = thread
+
+    def _fault(self, agreed: Agreed, devices: Iterable[Any]) -> None:
+        with contextlib.suppress(FastckptError):  # which the save meets again
+            self._pool(agreed, devices).fault(self._is_wanted.is_set)
 
     def _run(
         self,
@@ -273,10 +324,10 @@ class Checkpointer:
             if before is not None:
                 before.join()
             if attempt is None:
-                attempt = self._saves.agree(pending.step, staging)
+                attempt = self._saves.agree(pending.step, staging, pending._trace)
             written: Any
             try:
-                pool = self._staging_pool(attempt)
+                pool = self._pool(attempt.agreed, staging.devices)
                 written = self._saves.write(attempt, staging, pool, pending._trace, lambda: pending._mark("staged"))
                 pending._mark("written")
             except Exception as error:
@@ -285,7 +336,7 @@ class Checkpointer:
             staging.release()
             live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
             pending._snapshot = Snapshot(self._store, live)
-            pending._trace.add_since("committed", pending._started)
+            pending._trace.add_since_start("committed")
         except BaseException as error:
             self._steps.discard(pending.step)
             self._failed.append(pending)
@@ -299,31 +350,13 @@ class Checkpointer:
                 cleaner.start()
                 self._cleaner = cleaner
 
-    def _staging_pool(self, attempt: Attempt) -> Pool:
-        """The pool, made or enlarged to fit; its memory is kept from one save to the next."""
-        agreed = attempt.agreed
-        on_node = sum(node == self._group.nodes[self._group.rank] for node in self._group.nodes)
-        budget = self._options.staging_bytes_max or staging_bytes(agreed.mine_bytes, on_node)
-        slot_bytes = agreed.largest_chunk_bytes
-        count = max(2, min(len(agreed.mine), math.ceil(budget / slot_bytes)))
-        # A call to the storage that was left behind may be reading its slot still.
-        if self._pool is not None and (
-            self._pool.slot_bytes < slot_bytes or self._pool.count < count or self._store.busy
-        ):
-            self._close_pool()
-        if self._pool is None:
-            self._pool = Pool(slot_bytes, count)
-        self._pool.reset()
-        return self._pool
-
-    def _close_pool(self) -> None:
-        """Gives the pool's memory back, and that of earlier ones that were still in use."""
-        self._in_use = [pool for pool in (*self._in_use, self._pool) if pool is not None and not pool.close()]
-        self._pool = None
+    def _pool(self, agreed: Agreed, devices: Iterable[Any]) -> Pool:
+        # A call to the storage that was left behind may be reading its buffer still.
+        return self._memory.pool(agreed.pool_bytes, devices, in_use=self._store.busy)
 
     def _log_commit(self, pending: Pending) -> None:
         if self._group.rank == 0:
-            seconds = time.monotonic() - pending._started
+            seconds = pending.counters["committed_seconds"]
             log.info(
                 "%s: committed step %d: %d bytes in %.3f s", self.url, pending.step, pending.snapshot.bytes, seconds
             )
@@ -340,10 +373,13 @@ class Checkpointer:
         pending = self._pending
         if pending is None or pending._staged.is_set() or os.getpid() != self._process:
             return  # a forked child has the tensors but not the threads that read them
-        start = time.monotonic()
-        if not pending._staged.wait(self._options.fence_seconds_max):
-            self._give_up(pending)
-        pending._trace.add_since("fence", start)
+        with pending._trace.span("fence"):
+            if not pending._staged.wait(self._options.fence_seconds_max):
+                self._give_up(pending)
+
+    def _new_trace(self) -> Trace:
+        rank = self._group.rank
+        return Trace(rank, self._group.nodes[rank], profile_range)
 
     def _give_up(self, pending: Pending) -> None:
         """Ends the reading of live tensors, so that training may go on."""
@@ -353,11 +389,10 @@ class Checkpointer:
             pending.step,
             self._options.fence_seconds_max,
         )
-        staging, pool = self._staging, self._pool
+        staging = self._staging
         if staging is not None:
             staging.give_up()
-        if pool is not None:
-            pool.cancel()  # staging may be waiting for a buffer
+        self._memory.cancel()  # staging may be waiting for a buffer
         pending._staged.set()
 
     @property
@@ -398,18 +433,46 @@ class Checkpointer:
         (``repository/drift.py``): as a warning if it may change what training computes.
         """
         self._check_open()
+        self._restored = None
+        trace = self._new_trace()
+        with trace.span("restore"):
+            snapshot = self._restore(trace, state, step, only, rename, missing, cast, policy)
+        if snapshot is None:
+            return None
+        self._restored = Snapshot(self._store, snapshot.live, trace)  # without the metadata that was read
+        return snapshot.step
+
+    @property
+    def restored(self) -> Snapshot | None:
+        """What the last ``restore`` restored; None before, if it found none, or if it failed. Its ``counters`` and
+        ``timeline()`` tell of that restore on this rank."""
+        return self._restored
+
+    def _restore(
+        self,
+        trace: Trace,
+        state: dict[str, Any],
+        step: int | None,
+        only: Sequence[str],
+        rename: Mapping[str, str] | None,
+        missing: str,
+        cast: bool,
+        policy: str,
+    ) -> Snapshot | None:
         self._join()
         problem: Exception | None = None
         try:
-            names, selection = self._asked(state, step, only, rename, missing, policy)
+            asked, selection = self._asked(state, step, only, rename, missing, policy)
         except (TypeError, ValueError) as error:
-            problem, names, selection = error, [], Selection()
+            problem, asked, selection = error, None, Selection()
+        names = [] if asked is None else asked.names
         before: int | None = None
         damage: SnapshotDamaged | None = None
         while True:
-            snapshot = self._restores.choose(
-                step, names, selection, before=before, or_earlier=policy == "previous", problem=problem
-            )
+            with trace.span("choose"):
+                snapshot = self._restores.choose(
+                    step, names, selection, before=before, or_earlier=policy == "previous", problem=problem, trace=trace
+                )
             if snapshot is None:
                 if damage is not None:
                     raise damage  # there is none before it: starting afresh is not for us to decide
@@ -421,7 +484,7 @@ class Checkpointer:
                     log.warning("no snapshot in %s, starting at 1", self.url)
                 return None
             try:
-                self._restore_from(snapshot, state, selection, missing == "keep", cast)
+                self._restore_from(snapshot, state, selection, asked, missing == "keep", cast)
             except SnapshotDamaged as error:
                 if policy == "strict":
                     raise
@@ -434,13 +497,13 @@ class Checkpointer:
                 callback.restored(state, snapshot.step)
             if self._group.rank == 0:
                 self._log_drift(snapshot, state)
-            return snapshot.step
+            return snapshot
 
     @staticmethod
     def _asked(
         state: object, step: object, only: Sequence[str], rename: Mapping[str, str] | None, missing: str, policy: str
-    ) -> tuple[list[str], Selection]:
-        """What a restore asks for: names that the snapshot must have something under, and the selection."""
+    ) -> tuple[Asked | None, Selection]:
+        """What a restore asks for: what the snapshot must have something for, None if nothing, and the selection."""
         if not isinstance(state, dict):
             raise TypeError(f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}")
         if step is not None:
@@ -459,40 +522,56 @@ class Checkpointer:
         if isinstance(only, str):
             raise TypeError(f"only={only!r} is a list of globs, not a string")
         selection = Selection(only, rename)
-        return [] if missing == "keep" else asked_names(state, selection), selection
+        return None if missing == "keep" else ask(state, selection), selection
 
     def _restore_from(
-        self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
+        self,
+        snapshot: Snapshot,
+        state: dict[str, Any],
+        selection: Selection,
+        asked: Asked | None,
+        keep_missing: bool,
+        cast: bool,
     ) -> None:
-        targets = self._restores.all_fit(
-            snapshot, selection, lambda: self._targets(snapshot, state, selection, keep_missing, cast)
-        )
+        with snapshot.trace.span("plan"):
+            targets = self._restores.all_fit(
+                snapshot, selection, lambda: self._targets(snapshot, state, selection, asked, keep_missing, cast)
+            )
         self._broken = RestoreError("a restore did not finish: part of the state holds new values, part old ones")
         self._restores.all_read(lambda: self._read(snapshot, targets))
         self._broken = None
 
     def _targets(
-        self, snapshot: Snapshot, state: dict[str, Any], selection: Selection, keep_missing: bool, cast: bool
+        self,
+        snapshot: Snapshot,
+        state: dict[str, Any],
+        selection: Selection,
+        asked: Asked | None,
+        keep_missing: bool,
+        cast: bool,
     ) -> tuple[Targets, Fit]:
+        asked = asked or ask(state, selection)
         rank, size = self._group.rank, self._group.size
         catalog = Catalog(snapshot.layout, rank, size, selection)
         found = restore_flow.values_of(snapshot, rank, size, selection)
         # What is at the top is this rank's own, or missing; below are what modules say of themselves.
-        below = {name for name in asked_names(state, selection) if name not in state}
+        below = {name for name in asked.names if name not in state}
         found |= restore_flow.values_elsewhere(snapshot, below - {*found, *catalog.tensors}, size, selection)
         values = {
             name: RestoredValue(saved, exact, snapshot.world_size, saved_name)
             for name, (saved, exact, saved_name) in found.items()
         }
-        targets = find_targets(state, catalog, values, selection, keep_missing=keep_missing, cast=cast, rank=rank)
+        targets = find_targets(
+            state, catalog, values, selection, asked, keep_missing=keep_missing, cast=cast, rank=rank
+        )
         assert targets.fit is not None
         return targets, targets.fit
 
-    @staticmethod
-    def _read(snapshot: Snapshot, targets: Targets) -> None:
-        for install in targets.install:
-            install()
-        snapshot.read_into(targets.wants, targets.sinks)
+    def _read(self, snapshot: Snapshot, targets: Targets) -> None:
+        with self._restores.reading(snapshot, targets.wants) as read_into:
+            for install in targets.install:
+                install()
+            read_into(targets.sinks)
         for apply in targets.apply:
             apply()
 
@@ -524,7 +603,7 @@ class Checkpointer:
         if self._cleaner is not None:
             self._cleaner.join(timeout)
         self._release()
-        self._close_pool()
+        self._memory.close()
         self._raise_earlier()
 
     def __enter__(self) -> Checkpointer:
@@ -566,6 +645,7 @@ class Checkpointer:
                 raise pending.error
 
     def _join(self) -> None:
+        self._is_wanted.set()
         if self._thread is not None:
             self._thread.join()
 

@@ -2,32 +2,38 @@
 
 choose   the coordinator alone lists; every rank gets the same snapshot and the digest of its index
 plan     what fits and what does not, found on every rank before anything changes on any
-read     pack -> buffer -> verify -> decode -> tensor, in place
+read     pack -> buffer -> verify -> decode -> tensor, in place; what several ranks of a node want, one of them for all
 agree    one rank failed: all raise, naming it
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 
+from fastckpt.buffers import Sink
 from fastckpt.errors import CommitTimeout, RankFailed, RestoreError, SnapshotDamaged, StateMismatch
 from fastckpt.format.decision import Live
 from fastckpt.group import Assembly, Group, Reply
-from fastckpt.plan.restore_plan import Fit, Selection, misfits
+from fastckpt.plan.restore_plan import Fit, Selection, Want, misfits
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
+from fastckpt.repository.relay import relayed
 from fastckpt.storage.store import Store
+from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
 
 T = TypeVar("T")
 
 _ALL = Selection()
+REPORT_SHARE = 0.1
+"""Of the deadline: how long a rank that has waited for another already waits until all know."""
 
 
 class Restores:
@@ -49,10 +55,12 @@ class Restores:
         before: int | None = None,
         or_earlier: bool = False,
         problem: Exception | None = None,
+        trace: Trace | None = None,
     ) -> Snapshot | None:
         """The snapshot all ranks restore, or None if there is none. ``names``: the keys and values asked for, after
         ``selection``, which on the coordinator alone decide which snapshots have too little; the rest as in
-        ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise."""
+        ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise. ``trace``: where
+        reading the snapshot is recorded."""
 
         def decide(replies: Mapping[int, bytes]) -> bytes:
             if len(set(replies.values())) > 1:
@@ -69,11 +77,11 @@ class Restores:
 
         self._count += 1
         try:
-            answer = self._ask("choose", problem or msgspec.msgpack.encode(step), decide)
+            answer = self._ask("choose", problem or msgspec.msgpack.encode(step), decide, self._seconds_max)
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)
-        return None if live is None else Snapshot(self._store, live)
+        return None if live is None else Snapshot(self._store, live, trace)
 
     def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:
         """What ``find`` finds to do on each rank, and how the snapshot fits there; ``StateMismatch`` on every rank if,
@@ -90,6 +98,17 @@ class Restores:
 
         found, _ = self._all_do("plan", find, lambda both: msgspec.msgpack.encode(both[1]), judge)
         return found
+
+    @contextlib.contextmanager
+    def reading(self, snapshot: Snapshot, wants: Sequence[Want]) -> Iterator[Callable[[Sequence[Sink]], None]]:
+        """Gives what reads the chunks that this rank wants into sinks, in the block: on every rank within what it gives
+        to ``all_read``. What several ranks of a node want, one of them reads for all."""
+        name = f"restore-{self._count}"
+        with relayed(self._group, self._assembly.node_ranks, name, snapshot, wants, self._seconds_max) as (
+            chunks,
+            relay,
+        ):
+            yield lambda sinks: snapshot.read_chunks(chunks, sinks, relay)
 
     def all_read(self, read: Callable[[], None]) -> None:
         """Runs ``read`` on every rank; if it raises on any, all raise."""
@@ -111,23 +130,27 @@ class Restores:
             line = reply(result)
         except Exception as error:
             line = failure = error
+        # What this rank waited for in vain, it need not wait for as long again; and what went wrong, if it is not just
+        # lost, the other rank says.
+        late = isinstance(failure, CommitTimeout)
+        own = None if late else failure
         try:
-            self._ask(name, line, judge)
+            self._ask(name, line, judge, self._seconds_max * (REPORT_SHARE if late else 1))
         except (RankFailed, CommitTimeout) as error:
             # Ranks must draw the same conclusion: that the snapshot is damaged, only if that is all that happened.
             failures = error.failures.values() if isinstance(error, RankFailed) else ()
             damaged = bool(failures) and all(isinstance(each, SnapshotDamaged) for each in failures)
-            if failure is not None and (damaged or not isinstance(failure, SnapshotDamaged)):
-                raise failure from None
-            raise (_as_restore_error(error) if damaged or failure is None else RestoreError(str(error))) from error
+            if own is not None and (damaged or not isinstance(own, SnapshotDamaged)):
+                raise own from None
+            raise (_as_restore_error(error) if damaged or own is None else RestoreError(str(error))) from error
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
 
-    def _ask(self, name: str, reply: Reply, decide: Callable[[dict[int, bytes]], bytes]) -> bytes:
+    def _ask(self, name: str, reply: Reply, decide: Callable[[dict[int, bytes]], bytes], seconds: float) -> bytes:
         # By restore, not by exchange: ranks that gave one up at different places meet again in the next.
         return self._assembly.ask(
-            f"restore-{self._count}/{name}", reply, decide, seconds=self._seconds_max, what="all ranks to restore"
+            f"restore-{self._count}/{name}", reply, decide, seconds=seconds, what="all ranks to restore"
         )
 
 

@@ -10,9 +10,8 @@ the caller's own the first time and when the layout changes, behind the training
 
 from __future__ import annotations
 
+import functools
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from fastckpt.buffers import Pool, Slot, Source
+from fastckpt.buffers import Pool, Source
 from fastckpt.errors import (
     AnotherWriter,
     CommitTimeout,
@@ -46,15 +45,16 @@ from fastckpt.plan.save_plan import (
     offered_bytes,
     plan_save,
 )
-from fastckpt.repository import repository
-from fastckpt.repository.writer import ChunkWriter, Committer, Contents, PackStream, outcome, write_part
+from fastckpt.repository import pull, repository
+from fastckpt.repository.pull import Pull
+from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
 from fastckpt.storage.deadline import Callers, NoAnswer
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
 
-STREAMS = 2
+STREAMS = 4
 """Threads a rank that hash and write, each into packs of its own."""
 OUTCOME_SECONDS_MIN = 2.0
 """For reading the history after a failure, even if the time for the save is over."""
@@ -96,14 +96,15 @@ class Agreed:
     def layout(self) -> Layout:
         return self.chunks.layout
 
-    @property
-    def largest_chunk_bytes(self) -> int:
-        """Of this rank's chunks."""
-        return max((self.chunks.raw_bytes(pieces) for _, pieces in self.mine), default=1)
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Raw bytes of this rank's chunks, by row."""
+        return [self.chunks.raw_bytes(pieces) for _, pieces in self.mine]
 
-    @property
-    def mine_bytes(self) -> int:
-        return sum(self.chunks.raw_bytes(pieces) for _, pieces in self.mine)
+    def pool_bytes(self, budget_bytes: int | None = None) -> int:
+        """The staging memory that this rank makes use of, within a budget, which must do for one chunk."""
+        least, most = pull.slot_bytes(max(self.sizes, default=1)), pull.pool_bytes(self.sizes, STREAMS)
+        return most if budget_bytes is None else max(least, min(budget_bytes, most))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,7 @@ class Saves:
         self._nodes = group.nodes
         self._options = options
         self._count = 0
+        self._callers = Callers("fastckpt-outcome")
         self._offered = b""
         self._agreed: Agreed | None = None
         self._writer: ChunkWriter | None = None
@@ -190,18 +192,22 @@ class Saves:
         """Whether this rank offers what it offered last time, so that the layout agreed on may still hold."""
         return self._agreed is not None and offered.digest == self._offered
 
-    def agree(self, step: int, offered: Offered | BaseException) -> Attempt:
+    def agree(self, step: int, offered: Offered | BaseException, trace: Trace) -> Attempt:
         """Agrees with all ranks on the attempt. An error in place of the offer makes every rank raise.
 
         ``ValueError`` if ranks hold different things under one key or save different steps.
         """
+        with trace.span("agree"):
+            return self._agree(step, offered, trace)
+
+    def _agree(self, step: int, offered: Offered | BaseException, trace: Trace) -> Attempt:
         self._count += 1
         self._writer = None
         common = [] if isinstance(offered, BaseException) else sorted(map(chunk_hash, offered.values.values()))
         answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         if not answer:
-            answer = self._ask("offers", offered, _full, lambda replies: self._on_offers(replies, common))
+            answer = self._ask("offers", offered, _full, lambda replies: self._on_offers(replies, common, trace))
         go = msgspec.msgpack.decode(answer, type=_Go)
         if go.agreement is not None:
             self._agreed = _agreed(go.agreement, self._rank)
@@ -210,6 +216,16 @@ class Saves:
         return Attempt(
             id=go.attempt, step=step, agreed=self._agreed, common=frozenset(go.common), format_digest=go.format_digest
         )
+
+    def prepare(self, offered: Offered | BaseException) -> Agreed:
+        """Agrees with all ranks on the layout alone, for the saves to come. Writes nothing. An error in place of the
+        offer makes every rank raise."""
+        self._count += 1
+        answer = self._ask("prepare", offered, _full, self._on_prepare)
+        assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
+        self._agreed = _agreed(msgspec.msgpack.decode(answer, type=Agreement), self._rank)
+        self._offered = offered.digest
+        return self._agreed
 
     def _ask(
         self,
@@ -262,29 +278,46 @@ class Saves:
         unchanged = unchanged and self._offers == {rank: hello.offered for rank, hello in hellos.items()}
         for number in range(len(self._agreed.comparisons) if self._agreed else 0):
             unchanged = unchanged and len({h.compared[number] for h in hellos.values() if number in h.compared}) <= 1
-        if not unchanged or self._committer is None:
+        if not unchanged or self._agreed is None:
             return b""
-        return msgspec.msgpack.encode(_Go(self._committer.next_attempt(), None, common, self._committer.format_digest))
+        if self._committer is None and self._open(self._agreed.layout.chunk_bytes) != self._agreed.layout.chunk_bytes:
+            return b""  # the repository was made meanwhile, with a grid of its own
+        return self._go(None, common)
 
-    def _on_offers(self, replies: dict[int, bytes], common: list[bytes]) -> bytes:
+    def _on_offers(self, replies: dict[int, bytes], common: list[bytes], trace: Trace) -> bytes:
         """Coordinator: plans, and opens the repository for writing if this is the first save."""
+        with trace.span("plan"):
+            chunk_bytes, agreement = self._plan(replies)  # refuses before anything is made
+        if self._committer is None and self._open(chunk_bytes) != chunk_bytes:
+            with trace.span("plan"):
+                _, agreement = self._plan(replies)
+        return self._go(agreement, common)
+
+    def _on_prepare(self, replies: dict[int, bytes]) -> bytes:
+        if not self._chunk_bytes and repository.exists(self._store):
+            self._chunk_bytes = repository.Repository(self._store).format.chunk_bytes
+        return msgspec.msgpack.encode(self._plan(replies)[1])
+
+    def _plan(self, replies: dict[int, bytes]) -> tuple[int, Agreement]:
+        """Coordinator: the layout of what ranks offer, on the repository's grid, or one that suits it."""
         fulls = {rank: msgspec.msgpack.decode(data, type=_Full) for rank, data in replies.items()}
         offers = {rank: full.offer for rank, full in fulls.items()}
-        chunk_bytes = self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers))
         digests = {rank: full.digests for rank, full in fulls.items()}
-        if self._committer is not None:
-            chunk_bytes = self._chunk_bytes
-        layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes)  # refuses before anything is made
-        if self._committer is None:
-            made = repository.create(self._store, chunk_bytes)
-            self._chunk_bytes = made.format.chunk_bytes
-            committer = Committer(self._store, made.format_digest)
-            committer.open()
-            self._committer = committer
-            if self._chunk_bytes != chunk_bytes:  # the repository was made before, with a grid of its own
-                layout, comparisons = plan_save(offers, digests, self._nodes, self._chunk_bytes)
+        chunk_bytes = self._chunk_bytes or self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers))
+        layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes)
         self._offers = {rank: offer_digest(offer) for rank, offer in offers.items()}
-        agreement = Agreement(document.pack_table(layout), comparisons)
+        return chunk_bytes, Agreement(document.pack_table(layout), comparisons)
+
+    def _open(self, chunk_bytes: int) -> int:
+        """Coordinator: opens the repository for writing, made with this grid if there is none. Returns its grid."""
+        made = repository.create(self._store, chunk_bytes)
+        committer = Committer(self._store, made.format_digest)
+        committer.open()
+        self._committer, self._chunk_bytes = committer, made.format.chunk_bytes
+        return self._chunk_bytes
+
+    def _go(self, agreement: Agreement | None, common: list[bytes]) -> bytes:
+        assert self._committer is not None
         return msgspec.msgpack.encode(
             _Go(self._committer.next_attempt(), agreement, common, self._committer.format_digest)
         )
@@ -303,51 +336,30 @@ class Saves:
         live tensor is going to be read any more, be it for a failure. Raises what failed, with nothing left staged or
         open."""
         agreed = attempt.agreed
-        layout = agreed.layout
-        writer = ChunkWriter(self._store, attempt.id, self._rank, len(agreed.mine), self._options.codec, trace)
-        self._writer = writer
+        layout, chunks = agreed.layout, agreed.chunks
         shards = {piece.shard for _, pieces in agreed.mine for piece in pieces}
-        sources = {
-            shard: offered.source(layout.keys[layout.shard_keys[shard]], layout.box(shard)) for shard in sorted(shards)
-        }
-        staged: queue.SimpleQueue[tuple[int, Slot, int] | None] = queue.SimpleQueue()
-        failures: list[BaseException] = []
-        begin = _Once(lambda: self._begin(attempt))
-        threads: list[threading.Thread] = []
         try:
-            if not agreed.mine:
-                begin()
-            for number in range(min(STREAMS, len(agreed.mine))):
-                stream = writer.stream()
-                thread = threading.Thread(
-                    target=_write_stream, args=(stream, staged, pool, failures, begin), name=f"fastckpt-write-{number}"
-                )
-                thread.daemon = True
-                thread.start()
-                threads.append(thread)
-            for row, (_, pieces) in enumerate(agreed.mine):
-                size = agreed.chunks.raw_bytes(pieces)
-                slot = pool.take()
-                try:
-                    with trace.span("stage", size):
-                        _fill(slot.view, pieces, sources, agreed.chunks)
-                except BaseException:
-                    pool.give(slot)
-                    raise
-                staged.put((row, slot, size))
-            offered.check_unchanged()
-        except BaseException as error:
-            failures.append(error)
-        on_staged()
-        for _ in threads:
-            staged.put(None)
-        for thread in threads:
-            thread.join()
-        if failures:
-            writer.abandon()
-            # A stream's failure cancels the pool, which then fails the staging too: the first one is the cause.
-            raise failures[0]
-        return writer
+            sources = {
+                shard: offered.source(layout.keys[layout.shard_keys[shard]], layout.box(shard))
+                for shard in sorted(shards)
+            }
+            streams = pull.streams_of(agreed.sizes, STREAMS, pool)
+            codec = self._options.codec
+            self._writer = ChunkWriter(self._store, attempt.id, self._rank, agreed.sizes, codec, trace, streams)
+            flow = Pull(
+                self._writer,
+                pool,
+                trace,
+                fill=lambda row, view: _fill(view, agreed.mine[row][1], sources, chunks),
+                begin=lambda: self._begin(attempt),
+                on_copied=offered.check_unchanged,
+                on_let_go=on_staged,
+            )
+        except BaseException:
+            on_staged()
+            raise
+        flow.run(self._store)
+        return self._writer
 
     def _begin(self, attempt: Attempt) -> None:
         """Before the first byte is written. Not before staging, which must not wait for storage."""
@@ -396,8 +408,8 @@ class Saves:
                 answer = self._assembly.ask_in_two(
                     f"save-{self._count}/commit",
                     reply,
-                    lambda replies: self._on_written(attempt, replies),
-                    lambda lines: self._on_lines(attempt, lines, labels),
+                    lambda replies: self._on_written(attempt, replies, trace),
+                    lambda lines: self._on_lines(attempt, lines, labels, trace),
                     self._options.commit_seconds_max,
                     f"all ranks to write step {attempt.step}",
                 )
@@ -421,7 +433,7 @@ class Saves:
         blobs = {digests[name]: blob for name, blob in values.items()}
         if self._rank != 0:
             blobs = {digest: blob for digest, blob in blobs.items() if digest not in attempt.common}
-        mine_bytes = attempt.agreed.mine_bytes
+        mine_bytes = sum(attempt.agreed.sizes)
         return _Written(
             attempt.id,
             attempt.agreed.digest,
@@ -431,7 +443,7 @@ class Saves:
             written.stored_bytes,
         )
 
-    def _on_written(self, attempt: Attempt, replies: dict[int, Reply]) -> bytes:
+    def _on_written(self, attempt: Attempt, replies: dict[int, Reply], trace: Trace) -> bytes:
         """Node leader: one part and one line for all ranks of the node."""
         ranks = [msgspec.msgpack.decode(data, type=_Written) for _, data in sorted(checked(replies).items())]
         if any((written.attempt, written.layout) != (attempt.id, attempt.agreed.digest) for written in ranks):
@@ -439,19 +451,20 @@ class Saves:
                 f"step {attempt.step}: ranks of this node wrote different attempts, or by different layouts"
             )
         blobs = {chunk_hash(blob): blob for written in ranks for blob in written.blobs}
-        part = write_part(
-            self._store,
-            attempt.id,
-            self._nodes[self._rank],
-            attempt.agreed.digest,
-            [written.table for written in ranks],
-            blobs.values(),
-        )
+        with trace.span("part"):
+            part = write_part(
+                self._store,
+                attempt.id,
+                self._nodes[self._rank],
+                attempt.agreed.digest,
+                [written.table for written in ranks],
+                blobs.values(),
+            )
         raw = sum(written.tensor_bytes for written in ranks) + sum(len(blob) for blob in blobs.values())
         stored = sum(written.stored_bytes for written in ranks)
         return msgspec.msgpack.encode(_NodeLine(part, raw, stored, attempt.agreed.digest))
 
-    def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels) -> bytes:
+    def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels, trace: Trace) -> bytes:
         """Coordinator: the commit. Whatever prevents it aborts the attempt."""
         assert self._committer is not None
         try:
@@ -469,7 +482,8 @@ class Saves:
                     environment=labels.environment,
                     metrics=labels.metrics,
                     note=labels.note,
-                )
+                ),
+                trace,
             )
         except Exception as error:
             try:
@@ -484,7 +498,7 @@ class Saves:
         job that was fenced that is the reason, whatever it stumbled over first. Where the history does not tell, the
         error says so."""
         try:
-            reading = Callers("fastckpt-outcome").start(
+            reading = self._callers.start(
                 lambda: outcome(self._store, attempt.id, repository.Repository(self._store).format_digest)
             )
             result = reading.result(max(OUTCOME_SECONDS_MIN, end - time.monotonic()))
@@ -526,21 +540,6 @@ class Saves:
                 self._discarded.remove(writer)
 
 
-class _Once:
-    """Calls ``function`` for the first who calls this; the others wait for that."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-        self._lock = threading.Lock()
-        self._called = False
-
-    def __call__(self) -> None:
-        with self._lock:
-            if not self._called:
-                self._called = True
-                self._function()
-
-
 def _typed(error: BaseException, step: int) -> BaseException:
     """What this rank raises for an error of its own: the kind of error that the others hear of."""
     if isinstance(error, FastckptError | ValueError | TypeError):
@@ -577,34 +576,3 @@ def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Sourc
         start = piece.start * size
         with view[piece.byte : piece.byte + (piece.stop - piece.start) * size] as part:
             sources[piece.shard].fill(start, part)
-
-
-def _write_stream(
-    stream: PackStream,
-    staged: queue.SimpleQueue[tuple[int, Slot, int] | None],
-    pool: Pool,
-    failures: list[BaseException],
-    begin: Callable[[], None],
-) -> None:
-    """Hashes and writes what is staged until told to stop. After a failure, only gives the slots back."""
-    try:
-        begin()
-    except BaseException as error:
-        failures.append(error)
-        pool.cancel()
-    while (item := staged.get()) is not None:
-        row, slot, size = item
-        try:
-            if not failures:
-                with slot.view[:size] as raw:
-                    stream.write(row, raw)
-        except BaseException as error:
-            failures.append(error)
-            pool.cancel()
-        finally:
-            pool.give(slot)
-    try:
-        if not failures:
-            stream.close()
-    except BaseException as error:
-        failures.append(error)

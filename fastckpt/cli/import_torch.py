@@ -41,7 +41,6 @@ SILENT_BYTES_SECOND = 10 * 1024 * 1024
 EXPANSION_MAX = 4
 EXPANSION_BYTES = 64 * 1024 * 1024
 """Tensors may be views, and overlap; but a file may not claim more than so many times its size, and these bytes."""
-SLOTS = 4
 
 KINDS = {"code": 15, "unsupported": 15, "damaged": 14, "torch": 1, "memory": 1}
 """Exit codes by the kind of error that the child reports."""
@@ -440,9 +439,9 @@ def _save(terminal: Terminal, store: Store, step: int, note: str, content: Conte
 
     saves = Saves(store, SoloGroup(), Options())
     offered = _Offered(content, child)
-    attempt = saves.agree(step, offered)
-    child.ask_for(offered.order(attempt))
     trace = Trace()
+    attempt = saves.agree(step, offered, trace)
+    child.ask_for(offered.order(attempt))
     with terminal.progress(f"importing step {step}") as advance:
         child.on_bytes = lambda done: advance(done, content.bytes)
         written = _write(saves, attempt, offered, trace)
@@ -454,7 +453,7 @@ def _write(saves: Saves, attempt: Attempt, offered: _Offered, trace: Trace) -> C
     """What was written, or what prevented it: the commit then aborts the attempt, cleans up and raises it."""
     from fastckpt.buffers import Pool
 
-    pool = Pool(attempt.agreed.layout.chunk_bytes, SLOTS)
+    pool = Pool(attempt.agreed.pool_bytes(1))  # one buffer: the child sends the bytes in the order of the rows
     try:
         return saves.write(attempt, offered, pool, trace, lambda: None)
     except BaseException as error:

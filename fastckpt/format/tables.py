@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -137,6 +137,16 @@ class Chunks:
         size = item_bytes(layout.dtypes[key])
         cuts = chunk_cuts(layout.shapes[key], size, layout.box(shards[0]), layout.chunk_bytes)
         return [[Piece(shards[0], start, stop, 0)] for start, stop in itertools.pairwise(cuts)]
+
+    def sizes(self, numbers: Iterable[int]) -> Iterator[int]:
+        """Raw bytes of each of these chunks, whose numbers ascend."""
+        unit = range(0)
+        pieces: list[list[Piece]] = []
+        for number in numbers:
+            if number not in unit:
+                found = bisect.bisect_right(self._unit_first, number) - 1
+                unit, pieces = self.unit_chunks(found), self.unit_pieces(found)
+            yield self.raw_bytes(pieces[number - unit.start])
 
     def raw_bytes(self, pieces: Sequence[Piece]) -> int:
         """Raw bytes of a chunk that holds ``pieces``."""

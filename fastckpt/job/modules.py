@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -146,7 +147,7 @@ def describe_modules(name: str, root: nn.Module, declared: Declared) -> tuple[li
                 held.append(hold(prefix + own, buffer, sharing=LOWEST, volatile=True))
                 if (dtype := visited.buffer_dtypes.get(visited.prefix + own)) is not None:
                     held[-1] = dataclasses.replace(held[-1], dtype=str(dtype).removeprefix("torch."))
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+        if has_extra_state(type(module)):
             extra[f"{prefix}_extra_state"] = module
     return held, extra
 
@@ -254,7 +255,7 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
     def visit(path: str, module: nn.Module, replicas: Replicas, in_unit: bool) -> Iterator[Visited]:
         while (inner := _unwrapped(module)) is not None:
             if isinstance(module, DistributedDataParallel):
-                replicas = Replicas(_kept_equal(module), path, frozenset(module.parameters_to_ignore))
+                replicas = Replicas(kept_equal(module), path, frozenset(module.parameters_to_ignore))
             elif isinstance(module, FullyShardedDataParallel):
                 in_unit = True
                 for holder, own, part in ranges(path, module):
@@ -277,7 +278,7 @@ _EQUAL_HOOKS = frozenset({"default_hooks", "powerSGD_hook", "quantization_hooks"
 """Modules of torch whose communication hooks give every rank the same gradients; local SGD, or a user's, may not."""
 
 
-def _kept_equal(module: DistributedDataParallel) -> tuple[int, ...]:
+def kept_equal(module: DistributedDataParallel) -> tuple[int, ...]:
     """The ranks that DDP keeps equal; none if a communication hook does what nothing here knows of."""
     for hook, _ in module._comm_hooks:
         if getattr(hook, "__module__", "").rpartition(".")[2] not in _EQUAL_HOOKS:
@@ -285,15 +286,26 @@ def _kept_equal(module: DistributedDataParallel) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(module.process_group))
 
 
+def has_extra_state(kind: type[nn.Module]) -> bool:
+    """Whether modules of a type have something to say beside their tensors."""
+    return kind.get_extra_state is not nn.Module.get_extra_state
+
+
 def _unwrapped(module: nn.Module) -> nn.Module | None:
     """What a wrapper wraps, told by the wrapper's type; None for a module that is no wrapper."""
-    inner: Any = None
-    if isinstance(module, DistributedDataParallel | nn.DataParallel):
-        inner = module.module
-    elif isinstance(module, FullyShardedDataParallel):
-        inner = module._fsdp_wrapped_module
-    elif isinstance(module, ActivationWrapper):
-        inner = module._checkpoint_wrapped_module
-    elif isinstance(module, torch._dynamo.OptimizedModule):
-        inner = module._orig_mod
+    name = inner_name(type(module))
+    inner = None if name is None else getattr(module, name)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def inner_name(kind: type[nn.Module]) -> str | None:
+    """Under which attribute a wrapper has what it wraps; None for types that are no wrappers."""
+    if issubclass(kind, DistributedDataParallel | nn.DataParallel):
+        return "module"
+    if issubclass(kind, FullyShardedDataParallel):
+        return "_fsdp_wrapped_module"
+    if issubclass(kind, ActivationWrapper):
+        return "_checkpoint_wrapped_module"
+    # What torch.compile makes, if anybody has called it: asking torch for the type would import the whole compiler.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return "_orig_mod" if compiler is not None and issubclass(kind, compiler.OptimizedModule) else None

@@ -35,11 +35,12 @@ TARGET_ONLY_OPTIONS = frozenset({"capturable", "differentiable", "foreach", "fus
 def describe_optimizer(
     name: str, optimizer: torch.optim.Optimizer, parameters: Parameters
 ) -> tuple[list[Held], dict[str, Any], bytes | None]:
-    """The tensors of an optimizer's state, the value with all else, and the ``placement`` if it matters."""
+    """The tensors of an optimizer's state, the value with all else but ``options``, and the ``placement`` if it
+    matters."""
     keeper = state_keeper(name, optimizer)
     kept = _Kept(name)
     groups: list[dict[str, object]] = []
-    for group, members in zip(optimizer.param_groups, parameters.of(optimizer), strict=True):
+    for members in parameters.of(optimizer):
         names: list[str] = []
         numbers: list[int | None] = []
         for owned in members:
@@ -56,8 +57,7 @@ def describe_optimizer(
                     )
                 else:
                     numbers.append(None)
-        options = {option: group[option] for option in group if option != "params"}
-        groups.append({"params": names, "options": options, "entries": numbers})
+        groups.append({"params": names, "entries": numbers})
     for entry, item in keeper.common():
         kept.common[entry] = kept.tree(item, f"{name}.common.{entry}", lambda key, one: hold(key, one, sharing=OWN))
     tree: dict[str, Any] = {"param_groups": groups, "entries": list(map(list, kept.entries)), "state": kept.trees}
@@ -65,6 +65,15 @@ def describe_optimizer(
     may_be_own = kept.trees or any(held.sharing == OWN for held in kept.held)
     placed = placement(parameters.of(optimizer)) if may_be_own else None
     return kept.held, tree | {member: found for member, found in rest.items() if found}, placed
+
+
+def with_options(tree: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The value of an optimizer, of which ``describe_optimizer`` has given all but the options, which change."""
+    groups = []
+    for group, described in zip(optimizer.param_groups, tree["param_groups"], strict=True):
+        options = {option: group[option] for option in group if option != "params"}
+        groups.append({"params": described["params"], "options": options, "entries": described["entries"]})
+    return {**tree, "param_groups": groups}
 
 
 def placement(members: Sequence[Sequence[Owned]]) -> bytes | None:

@@ -33,7 +33,7 @@ def find_optimizer(finding: Finding, name: str, optimizer: torch.optim.Optimizer
     found = finding.find_value(name)
     if found is None:
         return
-    members = finding.parameters.of(optimizer)
+    members = finding.asked.parameters.of(optimizer)
     if (placed := finding.values.get(f"{name}.placement")) is not None:
         finding.targets.used.add(f"{name}.placement")
     ours = [[own for owned in owners for own, _ in owned.places] for owners in members]
@@ -239,8 +239,11 @@ class _Filling:
                 return torch.zeros_like(owned.parameter, requires_grad=False)
             finding.missing(full)
             return current if isinstance(current, torch.Tensor) else _NOTHING
-        tensor = current if isinstance(current, torch.Tensor) and self.fits(full, current, stored, owned) else None
-        if tensor is None and stored is not None:
+        if isinstance(current, torch.Tensor) and self.fits(held := _held(full, current, owned), stored):
+            finding.tensor(held)
+            return current
+        tensor: torch.Tensor | None = None
+        if stored is not None:
             tensor = self.new(full, stored, owned, group)
         if tensor is None:
             like = torch.empty(0) if owned is None else owned.parameter
@@ -255,10 +258,9 @@ class _Filling:
         """Whether a tensor is this rank's own, but belongs to other parts of the parameters than it holds now."""
         return self.saved.moved and not self.finding.catalog.is_shared(stored.number)
 
-    def fits(self, full: str, tensor: torch.Tensor, stored: Stored | None, owned: Owned | None) -> bool:
-        held = _held(full, tensor, owned)
+    def fits(self, held: Held, stored: Stored | None) -> bool:
         if stored is None:
-            return held.form is not None and subclass.difference(self.record(full), held.form) is None
+            return held.form is not None and subclass.difference(self.record(held.key), held.form) is None
         if held.form is not None or held.shape != stored.shape:
             return False
         # One tensor kept for several parameters stays one as long as they have the same content.

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import fnmatch
-import itertools
-import os
+import ctypes
 import random
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastckpt.buffers import address
 from fastckpt.errors import AttemptAborted, SaveError
 from fastckpt.format import value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
 from fastckpt.job.state import Description
-from fastckpt.job.tensors import Held
 from fastckpt.job.values import torch_dtype
-from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer, RankOffer
+from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer
 
 SAMPLES = 64
 """Pieces compared with the live tensors after staging."""
@@ -49,25 +45,38 @@ _Sample = tuple[str, "TensorSource", int, bytes]
 
 
 class TensorSource:
-    """A live tensor, or a copy of one, as bytes."""
+    """A live tensor, or a copy of one, as bytes. Any thread may fill."""
 
     def __init__(self, tensor: torch.Tensor, staging: Staging) -> None:
         self._tensor = bits(tensor)
         self._staging = staging
         self.bytes = tensor.numel() * tensor.element_size()
+        self._is_plain = tensor.device.type == "cpu" and self._tensor.is_contiguous() and self.bytes > 0
+        # A storage that is made smaller meanwhile must not be read as if it were not.
+        self._storage_bytes = self._tensor.storage_offset() * self._tensor.element_size() + self.bytes
 
     def fill(self, offset: int, buffer: memoryview) -> None:
+        """``AttemptAborted`` if the attempt was given up before or meanwhile."""
+        self._staging.check_not_given_up()
+        if self._is_plain and self._tensor.untyped_storage().nbytes() >= self._storage_bytes:
+            # One thread's copy without the interpreter's lock: torch's own would take all cores from the training.
+            ctypes.memmove(address(buffer), self._tensor.data_ptr() + offset, len(buffer))
+        else:
+            with self._staging.on_stream(self._tensor.device):
+                self._copy(offset, buffer)
+        self._staging.check_not_given_up()
+
+    def _copy(self, offset: int, buffer: memoryview) -> None:
         tensor, item = self._tensor, self._tensor.element_size()
         start, stop = offset // item, (offset + len(buffer)) // item
-        with self._staging.reading(), self._staging.on_stream(tensor.device):
-            if tensor.is_contiguous():
-                _to_buffer(tensor.view(-1)[start:stop], buffer)
-                return
-            at = 0
-            for box in boxes_of_flat_range(tensor.shape, start, stop):
-                size = box.elements * item
-                _to_buffer(tensor[box.slices()], buffer[at : at + size])
-                at += size
+        if tensor.is_contiguous():
+            _to_buffer(tensor.view(-1)[start:stop], buffer)
+            return
+        at = 0
+        for box in boxes_of_flat_range(tensor.shape, start, stop):
+            size = box.elements * item
+            _to_buffer(tensor[box.slices()], buffer[at : at + size])
+            at += size
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,58 +100,52 @@ class Staging:
     Made on the training thread; afterwards used by one background thread.
     """
 
-    def __init__(self, description: Description, copy: Sequence[str] = (), world_size: int = 1) -> None:
-        """Copies what may change before the fence: buffers, plain tensors, and keys matching a glob in ``copy``."""
-        self._held = description.held
+    def __init__(self, description: Description, world_size: int = 1) -> None:
+        """Copies what may change before the fence: buffers, plain tensors, and what else is to be copied."""
+        self._outline = description.outline
+        self.offer, self.digest = self._outline.offer, self._outline.digest
         self.mesh = description.mesh
         self._world_size = world_size
         self._given_up = False
         self._events: dict[torch.device, torch.Event] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
-        self._copied: set[str] = set()
-        self._live: dict[tuple[str, Box], torch.Tensor] = {}
-        for key, held in self._held.items():
-            names = [key, *(alias for alias, target in description.aliases.items() if target == key)]
-            copied = held.volatile or any(fnmatch.fnmatchcase(name, glob) for name in names for glob in copy)
-            # A lazily conjugated view is made real by reading it, so it must be read now.
-            copied = copied or any(view.is_conj() or view.is_neg() for _, view in held.pieces)
-            if copied:
-                self._copied.add(key)
-            for box, view in held.pieces:
-                if copied:  # perhaps into another dtype: FSDP1 keeps buffers in a lower one than theirs
-                    view = bits(view.to(torch_dtype(held.dtype))).clone()
-                self._live[key, box] = view
+        self._views = description.views
+        for number, dtype in self._outline.copied.items():
+            # Perhaps into another dtype: FSDP1 keeps buffers in a lower one than theirs.
+            self._views[number] = bits(self._views[number].to(torch_dtype(dtype))).clone()
         self._mark_streams()
-        self.offer = _offer(description)
-        self.digest = chunk_hash(msgspec.msgpack.encode(self.offer))
         self.values: Mapping[str, bytes] = {name: _encode(name, tree) for name, tree in description.values.items()}
         self._samples = _Samples()
         self._early = self._early_samples()
 
     def source(self, key: str, box: Box) -> TensorSource:
         """The bytes of a box this rank offered; what is read of live tensors is sampled for ``check_unchanged``."""
-        source = TensorSource(self._live[key, box], self)
-        return source if key in self._copied else _SampledSource(key, source, self._samples)
+        number = self._outline.numbers[key, box]
+        source = TensorSource(self._views[number], self)
+        return source if number in self._outline.copied else _SampledSource(key, source, self._samples)
 
     def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
         """For each of ``keys`` held here, a digest of sampled content; for None, a digest of the whole content of
         every tensor that is not known to be equal wherever it is held."""
+        own = self._outline.own
         if keys is None:
-            keys = [key for key, held in self._held.items() if not self._equal_everywhere(held)]
-            return {key: self._digest(self._held[key], whole=True) for key in keys}
-        return {key: self._digest(self._held[key], whole=False) for key in keys if key in self._held}
+            keys = [key for key, offer in own.items() if not self._equal_everywhere(offer)]
+            return {key: self._digest(own[key], whole=True) for key in keys}
+        return {key: self._digest(own[key], whole=False) for key in keys if key in own}
 
-    def _equal_everywhere(self, held: Held) -> bool:
+    def _equal_everywhere(self, offer: Offer) -> bool:
         """Whether nothing has to be compared: a tensor on a part of the mesh may have holders beyond that part."""
-        return held.sharing == LOWEST or (held.sharing == KNOWN and len(held.among) == self._world_size)
+        known = offer.sharing == KNOWN and len(self.offer.groups[offer.among]) == self._world_size
+        return known or offer.sharing == LOWEST or self._world_size == 1
 
-    def _digest(self, held: Held, whole: bool) -> bytes:
-        content: list[bytes] = [held.dtype.encode(), str(held.shape).encode()]
-        for box, _ in held.pieces:
-            source = TensorSource(self._live[held.key, box], self)
+    def _digest(self, offer: Offer, whole: bool) -> bytes:
+        content: list[bytes] = [offer.dtype.encode(), str(offer.shape).encode()]
+        for offsets, sizes in offer.boxes:
+            box = Box(tuple(offsets), tuple(sizes))
+            view = self._views[self._outline.numbers[offer.key, box]]
+            source = TensorSource(view, self)
             content.append(str(box).encode())
-            item = self._live[held.key, box].element_size()
-            pieces = _all_pieces(source.bytes) if whole else _compared_pieces(source.bytes, item)
+            pieces = _all_pieces(source.bytes) if whole else _compared_pieces(source.bytes, view.element_size())
             for offset, size in pieces:
                 piece = bytearray(size)
                 source.fill(offset, memoryview(piece))
@@ -161,14 +164,8 @@ class Staging:
                     "wait_staged() before changing it"
                 )
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Around every reading of a tensor. ``AttemptAborted`` if the attempt was given up before or meanwhile."""
-        self._check_not_given_up()
-        yield
-        self._check_not_given_up()
-
-    def _check_not_given_up(self) -> None:
+    def check_not_given_up(self) -> None:
+        """``AttemptAborted`` if the attempt was given up."""
         if self._given_up:
             raise AttemptAborted("the attempt was given up: the fence had to let training go on")
 
@@ -178,36 +175,33 @@ class Staging:
 
     def release(self) -> None:
         """Lets go of the tensors, once all that is to be read has been."""
-        self._live.clear()
+        self._views.clear()
         self._samples = _Samples()
         self._early = []
 
     def _early_samples(self) -> list[_Sample]:
         """Pieces of live tensors as they are now, spread over their bytes: what changes before staging comes to it is
         found by these. Not on accelerators, where reading now would wait for all that is queued."""
-        live = [
-            (key, view)
-            for (key, _), view in self._live.items()
-            if key not in self._copied and view.device.type == "cpu"
-        ]
-        ends = list(itertools.accumulate(view.numel() * view.element_size() for _, view in live))
+        live, ends = self._outline.sampled, self._outline.sampled_ends
         chosen: list[_Sample] = []
         choose = random.Random()  # noqa: S311 - spread, not secrecy; and never the generators of the training
         for _ in range(SAMPLES if live else 0):
-            key, view = live[bisect.bisect_right(ends, choose.randrange(ends[-1]))]
-            source = TensorSource(view, self)
+            key, number = live[bisect.bisect_right(ends, choose.randrange(ends[-1]))]
+            source = TensorSource(self._views[number], self)
             offset = choose.randrange(max(1, (source.bytes - SAMPLE_BYTES) // 16 + 1)) * 16
             seen = bytearray(min(SAMPLE_BYTES, source.bytes - offset))
             source.fill(offset, memoryview(seen))
             chosen.append((key, source, offset, bytes(seen)))
         return chosen
 
-    def devices(self) -> set[torch.device]:
-        return {view.device for view in self._live.values()}
+    @property
+    def devices(self) -> Iterable[torch.device]:
+        """Where the tensors are."""
+        return self._outline.devices
 
     def _mark_streams(self) -> None:
         """Remembers where each accelerator's stream is now: staging reads what is there then, not before."""
-        for device in self.devices():
+        for device in self._outline.devices:
             if device.type != "cpu":
                 event = torch.Event(device)
                 event.record(torch.accelerator.current_stream(device))
@@ -222,18 +216,6 @@ class Staging:
             stream.wait_event(self._events[device])
             self._streams[device] = stream
         return self._streams[device]
-
-
-def _offer(description: Description) -> RankOffer:
-    groups: dict[tuple[int, ...], int] = {}
-    tensors = []
-    aliased = {alias: description.held[target] for alias, target in description.aliases.items()}
-    for key, held in sorted({**description.held, **aliased}.items()):
-        among = groups.setdefault(held.among, len(groups)) if held.sharing == KNOWN else 0
-        boxes = [(list(box.offsets), list(box.sizes)) for box, _ in held.pieces]
-        alias = description.aliases.get(key, "")
-        tensors.append(Offer(key, held.dtype, list(held.shape), boxes, held.sharing, among, alias))
-    return RankOffer(tensors, [list(group) for group in groups] or [[]])
 
 
 def _encode(name: str, tree: object) -> bytes:
@@ -316,28 +298,3 @@ class Fence:
 
     def close(self) -> None:
         self._finalizer()
-
-
-def staging_bytes(share_bytes: int, ranks_on_node: int) -> int:
-    """The default staging budget: this rank's share of the snapshot, or a quarter of what memory is available divided
-    by the ranks of the node, whichever is smaller."""
-    return max(1, min(share_bytes, _available_bytes() // 4 // ranks_on_node))
-
-
-def _available_bytes() -> int:
-    """Memory this process may still use: the machine's, or its control group's if that is less."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such control group, or "max"
-    return max(available, 0)

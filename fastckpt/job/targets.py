@@ -20,7 +20,7 @@ from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import SHARED
 from fastckpt.job import subclass
-from fastckpt.job.modules import Parameters, describe_modules
+from fastckpt.job.asked import Asked
 from fastckpt.job.optimizer_targets import find_optimizer
 from fastckpt.job.per_rank import Merge, PerRank, merged
 from fastckpt.job.rng import RNGState
@@ -121,13 +121,14 @@ def find_targets(
     catalog: Catalog,
     values: Mapping[str, RestoredValue],
     selection: Selection,
+    asked: Asked,
     *,
     keep_missing: bool,
     cast: bool,
     rank: int,
 ) -> Targets:
     """Everything that restoring a snapshot into ``state`` takes, and every reason why it cannot be done."""
-    finding = Finding(state, catalog, values, selection, keep_missing, cast, rank, Parameters(state))
+    finding = Finding(state, catalog, values, selection, asked, keep_missing, cast, rank)
     # Random number generators last: what is done to the others may draw.
     for name in sorted(state, key=lambda name: is_rng(state[name])):
         finding.item(name, state[name])
@@ -145,10 +146,10 @@ class Finding:
     catalog: Catalog
     values: Mapping[str, RestoredValue]
     selection: Selection
+    asked: Asked
     keep_missing: bool
     cast: bool
     rank: int
-    parameters: Parameters
     targets: Targets = field(default_factory=Targets)
     merges: list[tuple[str, Merge, RestoredValue]] = field(default_factory=list)
     merged: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +161,7 @@ class Finding:
 
     def item(self, name: str, item: Any) -> None:
         if isinstance(item, nn.Module):
-            held, extra = describe_modules(name, item, self.parameters.declared)
+            held, extra = self.asked.modules.get(name, ([], {}))
             for entry in held:
                 self.tensor(entry)
             for key, module in extra.items():
@@ -171,7 +172,7 @@ class Finding:
             self.tensor(hold(name, item))
         elif isinstance(item, Shard):
             # Where it only says what a parameter is, the snapshot need not say so too: the parameter is filled as such.
-            if name in self.catalog.tensors or not self.parameters.declares(item):
+            if name in self.catalog.tensors or not self.asked.parameters.declares(item):
                 self.tensor(hold_shard(name, item))
         elif isinstance(item, RNGState):
             self.rng(name, item)

@@ -62,6 +62,8 @@ class Held:
     """Of a tensor subclass that was taken apart: the plain tensors it is made of. It has no pieces of its own."""
     form: Mapping[str, object] | None = None
     """Of a tensor subclass: what, beside its parts, makes it what it is, as ``subclass.record`` has it."""
+    local: torch.Tensor | None = field(default=None, compare=False)
+    """What ``pieces`` are views of, where that is a tensor of the state or the local part of one."""
 
 
 def dtype_name(tensor: torch.Tensor, key: str) -> str:
@@ -127,9 +129,12 @@ def _hold_portion(key: str, local: torch.Tensor, portion: _Portion) -> Held:
     if subclass.is_plain(local):
         dtype = dtype_name(local, key)
         elements = subclass.plain(local)
-        pieces = tuple((box, elements[at.slices()]) for box, at in portion.boxes)
+        pieces = tuple(
+            (box, elements if at.sizes == elements.shape else elements[at.slices()]) for box, at in portion.boxes
+        )
         identity = _identity(local, portion.shape, pieces)
-        return Held(key, portion.shape, dtype, pieces, portion.sharing, portion.among, portion.volatile, identity)
+        sharing, among, volatile = portion.sharing, portion.among, portion.volatile
+        return Held(key, portion.shape, dtype, pieces, sharing, among, volatile, identity, local=local)
     inner, context = _take_apart(key, local)
     parts = tuple(_hold_part(f"{key}.{name}", part, local, portion) for name, part in inner.items())
     boxes = [box for box, _ in portion.boxes] if any(_is_own(part) for part in parts) else None

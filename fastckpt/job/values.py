@@ -6,6 +6,7 @@ no snapshot can hold is refused by ``encode``, except tensors, whose kinds only 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections import Counter, OrderedDict, deque
@@ -29,6 +30,8 @@ from fastckpt.format.value import (
 
 INLINE_BYTES_MAX: Final = 64 * 1024
 """Tensors up to this size are part of the value."""
+
+_SCALARS = frozenset({type(None), bool, int, float, str})
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
@@ -113,6 +116,8 @@ class _Flattening:
                 result[self.key_or_member(key, path)] = self.tree(item, [*path, key], [*names, name])
             return result
         if kind in (list, tuple, deque):
+            if _SCALARS.issuperset(map(type, value)):  # such as the names of an optimizer's parameters
+                return copy.copy(value)
             items = [self.tree(item, [*path, at], [*names, str(at)]) for at, item in enumerate(value)]
             return deque(items, value.maxlen) if kind is deque else kind(items)
         if isinstance(value, torch.Tensor):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import msgspec
@@ -210,6 +212,8 @@ class Delivery:
     """Part of a chunk that goes to a target."""
 
     piece: Piece
+    shard: Box
+    """That the piece is of."""
     target: int
     box: Box
     """The box wanted by the target."""
@@ -231,27 +235,47 @@ def plan_reads(chunks: Chunks, wants: Sequence[Want]) -> list[ChunkRead]:
         by_key.setdefault(stored.get(want.key, want.key), []).append(want)
     reads: list[ChunkRead] = []
     for unit, shards in enumerate(layout.units):
-        wanted = {
-            shard: touching
-            for shard in shards
-            if (touching := _touching(layout.box(shard), by_key.get(layout.shard_keys[shard], ())))
-        }
+        wanted = {shard: by_key[key] for shard in shards if (key := layout.shard_keys[shard]) in by_key}
         if not wanted:
             continue
-        for chunk, pieces in zip(chunks.unit_chunks(unit), chunks.unit_pieces(unit), strict=True):
-            deliveries = tuple(
-                Delivery(piece, want.target, want.box)
-                for piece in pieces
-                for want in wanted.get(piece.shard, ())
-                if any(True for _ in regions(layout.box(piece.shard), piece, want.box))
-            )
-            if deliveries:
-                reads.append(ChunkRead(chunk, chunks.raw_bytes(pieces), deliveries))
+        boxes = {shard: layout.box(shard) for shard in wanted}
+        if not any(_touch(boxes[shard], want.box) for shard, each in wanted.items() for want in each):
+            continue  # of many shards of one tensor, most: without a look at their chunks
+        pieces = chunks.unit_pieces(unit)
+        # One shard's pieces are in a chunk each; those of a bundle, one a shard, all in its only chunk.
+        of_shard = (
+            {shards[0]: [piece for (piece,) in pieces]} if len(shards) == 1 else {p.shard: [p] for p in pieces[0]}
+        )
+        found: dict[int, list[Delivery]] = {}
+        for shard, each in wanted.items():
+            box, mine = boxes[shard], of_shard[shard]
+            for want in each:
+                for at in _touched(box, mine, want.box):
+                    found.setdefault(at, []).append(Delivery(mine[at], box, want.target, want.box))
+        first = chunks.unit_chunks(unit).start
+        reads += [ChunkRead(first + at, chunks.raw_bytes(pieces[at]), tuple(found[at])) for at in sorted(found)]
     return reads
 
 
-def _touching(shard: Box, wants: Sequence[Want]) -> list[Want]:
-    return [want for want in wants if shard.intersect(want.box)]
+def _touch(shard: Box, wanted: Box) -> bool:
+    return shard == wanted or shard.intersect(wanted) is not None
+
+
+def _touched(shard: Box, pieces: Sequence[Piece], wanted: Box) -> Iterable[int]:
+    """The positions of the pieces, which are a shard in order, that hold any wanted element."""
+    common = shard if shard == wanted else shard.intersect(wanted)
+    if common is None:
+        return ()
+    if common == shard:
+        return range(len(pieces))
+    # Rows that are not wanted are skipped by arithmetic; within the others, pieces are looked at one by one.
+    row = math.prod(shard.sizes[1:])
+    first = (common.offsets[0] - shard.offsets[0]) * row
+    low = bisect.bisect_right(pieces, first, key=lambda piece: piece.start) - 1
+    high = bisect.bisect_left(pieces, first + common.sizes[0] * row, key=lambda piece: piece.start)
+    if common.sizes[1:] == shard.sizes[1:]:
+        return range(low, high)
+    return [at for at in range(low, high) if any(True for _ in regions(shard, pieces[at], wanted))]
 
 
 def regions(shard: Box, piece: Piece, wanted: Box) -> Iterator[tuple[Box, Box, int]]:

@@ -145,7 +145,7 @@ def _owners(
         groups = " unlike ".join(_ranks(ranks) for ranks in by_kind.values())
         raise ValueError(f"{key}: ranks hold different kinds of things under this key ({groups}). {_WAYS_OUT}")
     if offers[0].sharing == OWN:
-        same = all(offer == offers[0] for offer in offers) and len({digests[rank][key] for rank in holders}) == 1
+        same = all(offer == offers[0] for offer in offers) and len({digests[rank].get(key) for rank in holders}) == 1
         if not same:
             return [(rank, {rank: offer}) for rank, offer in holders.items()]
     by_form: dict[tuple[str, tuple[int, ...]], list[int]] = {}

@@ -1,18 +1,13 @@
-"""Reading a snapshot: metadata on demand, then chunks. Every byte is verified before anyone sees it.
-
-for each pack, in order of offset:  read neighbouring chunks at once -> hash -> decode -> place in the sinks
-"""
+"""Reading a snapshot: metadata on demand, then chunks (``chunk_reader``). Every byte is verified before it is used."""
 
 from __future__ import annotations
 
 import bisect
 import builtins
-import concurrent.futures
 import fnmatch
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +20,8 @@ from fastckpt.errors import (
     ObjectNotFound,
     SnapshotDamaged,
     SnapshotNotFound,
-    StorageError,
 )
-from fastckpt.format import codec, document, names, value
+from fastckpt.format import document, names, value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.dtype import item_bytes
@@ -45,32 +39,21 @@ from fastckpt.format.tables import (
     decode_layout,
     decode_part,
 )
-from fastckpt.plan.restore_plan import ChunkRead, Want, plan_reads, regions
+from fastckpt.plan.restore_plan import Want, plan_reads
+from fastckpt.repository.chunk_reader import ChunkReader, PlacedChunk, Relay
 from fastckpt.repository.metadata import read_metadata
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
-
-READ_BYTES_MAX = 16 * 1024 * 1024
-"""Neighbouring chunks are read together up to this many bytes."""
-READ_THREADS = 4
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Chunks that lie back to back in one pack."""
-
-    pack: str
-    offset: int
-    length: int
-    chunks: tuple[tuple[ChunkRead, ChunkPlace], ...]
 
 
 class Snapshot:
     """One committed snapshot. Any thread may use it; metadata is read from the store when first needed."""
 
-    def __init__(self, store: Store, live: Live) -> None:
+    def __init__(self, store: Store, live: Live, trace: Trace | None = None) -> None:
         self._store = store
         self._live = live
+        self.trace = trace or Trace()
+        """Where reading is recorded."""
         self._lock = threading.RLock()
         self._index: Index | None = None
         self._chunks: Chunks | None = None
@@ -112,6 +95,16 @@ class Snapshot:
     def live(self) -> Live:
         """The entry of this snapshot in the history."""
         return self._live
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Seconds and bytes by stage of what was read through this object: ``read_bytes`` (as stored),
+        ``verify_seconds`` (of all threads together), ``place_bytes`` and so on; ``fastckpt/trace.py`` has the table."""
+        return self.trace.counters()
+
+    def timeline(self) -> dict[str, Any]:
+        """The stages of what was read through this object, as ``Pending.timeline`` gives those of a save."""
+        return self.trace.timeline(self.step)
 
     # Metadata, from the root down; each object is checked against the digest that names it.
 
@@ -270,23 +263,22 @@ class Snapshot:
         self.read_into(wants, [ArraySink(box, array)])
         return array.reshape(-1).view(numpy_dtype(dtype)).reshape(box.sizes)
 
-    def read_into(self, wants: Sequence[Want], sinks: Sequence[Sink], trace: Trace | None = None) -> None:
+    def read_into(self, wants: Sequence[Want], sinks: Sequence[Sink]) -> None:
         """Reads what is wanted and places it; ``Want.target`` is a position in ``sinks``. Each chunk is read once.
 
         ``SnapshotDamaged`` naming key, shard, object and offset: no byte of the damaged chunk reached a sink, but
-        others may have. Memory: ``READ_THREADS`` buffers of ``READ_BYTES_MAX`` (or one chunk, if larger).
+        others may have. Memory: see ``ChunkReader.read``.
         """
-        trace = trace or Trace()
+        self.read_chunks(self.plan(wants), sinks)
+
+    def plan(self, wants: Sequence[Want]) -> list[PlacedChunk]:
+        """What ``read_chunks`` reads of these wants, by chunk number; reads the metadata that it takes."""
         self._check_tables(wants)
-        runs = self._runs(plan_reads(self.chunks, wants))
-        with concurrent.futures.ThreadPoolExecutor(READ_THREADS, "fastckpt-read") as executor:
-            futures = [executor.submit(self._read_run, run, sinks, trace) for run in runs]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-            except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
+        return [PlacedChunk(read, self.place(read.chunk)) for read in plan_reads(self.chunks, wants)]
+
+    def read_chunks(self, chunks: Sequence[PlacedChunk], sinks: Sequence[Sink], relay: Relay | None = None) -> None:
+        """Like ``read_into``, of what is planned; and does what ``relay`` has to do, of chunks that are not in it."""
+        ChunkReader(self._store, self.step, self.layout, sinks, self.trace).read(chunks, relay)
 
     def _check_tables(self, wants: Sequence[Want]) -> None:
         """Plans take memory for each chunk; first the tables must prove that a tensor of very many has them."""
@@ -297,85 +289,6 @@ class Snapshot:
             if len(chunks) > 10_000 and self.layout.shard_keys[shards[0]] in wanted:
                 for rank in self.chunks.writers_of(chunks):
                     self.table(rank)
-
-    def _runs(self, reads: Iterable[ChunkRead]) -> list[_Run]:
-        placed = sorted(
-            ((read, self.place(read.chunk)) for read in reads), key=lambda item: (item[1].pack, item[1].offset)
-        )
-        runs: list[_Run] = []
-        for read, place in placed:
-            if runs:
-                last = runs[-1]
-                length = last.length + place.length
-                if last.pack == place.pack and last.offset + last.length == place.offset and length <= READ_BYTES_MAX:
-                    runs[-1] = _Run(last.pack, last.offset, length, (*last.chunks, (read, place)))
-                    continue
-            runs.append(_Run(place.pack, place.offset, place.length, ((read, place),)))
-        return runs
-
-    def _read_run(self, run: _Run, sinks: Sequence[Sink], trace: Trace) -> None:
-        buffer = memoryview(bytearray(run.length))
-        with trace.span("read", run.length):
-            self._fetch(run, buffer)
-        for read, place in run.chunks:
-            start = place.offset - run.offset
-            raw = self.verified(read, place, buffer[start : start + place.length])
-            with trace.span("place", len(raw)):
-                self._deliver(read, raw, sinks)
-
-    def _fetch(self, run: _Run, buffer: memoryview) -> None:
-        try:
-            self._store.read_into(run.pack, run.offset, buffer)
-        except ObjectNotFound as error:
-            read, place = run.chunks[0]
-            raise self._damage(read, place, "is missing") from error
-        except StorageError as error:
-            if error.transient:
-                raise
-            read, place = run.chunks[0]
-            raise self._damage(read, place, f"cannot be read ({error})") from error
-
-    def verified(self, read: ChunkRead, place: ChunkPlace, stored: memoryview) -> memoryview:
-        """The raw bytes of a chunk from its stored ones; ``SnapshotDamaged`` unless they are what was saved."""
-        if place.codec == codec.RAW:
-            if place.length != read.raw_bytes or chunk_hash(stored) != place.hash:
-                raise self._damage(read, place, "has other bytes than were saved")
-            return stored
-        if chunk_hash(stored) != place.stored_hash:
-            raise self._damage(read, place, "has other bytes than were saved")
-        try:
-            raw = codec.decode_zstd(stored, read.raw_bytes, place.pack)
-        except FormatError as error:
-            raise self._damage(read, place, str(error)) from error
-        if chunk_hash(raw) != place.hash:
-            raise self._damage(read, place, "decodes to other bytes than were saved")
-        return memoryview(raw)
-
-    def _damage(self, read: ChunkRead, place: ChunkPlace, what: str) -> SnapshotDamaged:
-        shard = read.deliveries[0].piece.shard
-        key, box = self.layout.label(self.layout.shard_keys[shard]), str(self.layout.box(shard))
-        return SnapshotDamaged(
-            f"step {self.step}: {key} {box}: {place.pack} {what} at offset {place.offset} ({place.length} bytes). "
-            "Nothing of it was used. Restore an earlier step, or run `fastckpt verify` to see what else is damaged",
-            key=key,
-            shard=box,
-            object=place.pack,
-            offset=place.offset,
-        )
-
-    def _deliver(self, read: ChunkRead, raw: memoryview, sinks: Sequence[Sink]) -> None:
-        for delivery in read.deliveries:
-            piece = delivery.piece
-            shard = self.layout.box(piece.shard)
-            size = item_bytes(self.layout.dtypes[self.layout.shard_keys[piece.shard]])
-            for region, run, at in regions(shard, piece, delivery.box):
-                start = piece.byte + at * size
-                data = raw[start : start + run.elements * size]
-                if region != run:
-                    elements = np.frombuffer(data, np.dtype((np.void, size))).reshape(run.sizes)
-                    cut = np.ascontiguousarray(elements[region.relative_to(run).slices()])
-                    data = memoryview(cut.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-                sinks[delivery.target].place(region.offsets, region.sizes, data)
 
 
 class ArraySink:

@@ -25,8 +25,9 @@ from fastckpt.format import codec, document, names, pack, value
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Decision, Live, Open, decode_decision
 from fastckpt.format.tables import ChunkPlace, PackInfo, Part, Piece, RankTable, Rows
+from fastckpt.repository.chunk_reader import READ_BYTES_MAX, READ_THREADS
 from fastckpt.repository.history import History
-from fastckpt.repository.reader import READ_BYTES_MAX, READ_THREADS, Snapshot
+from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.repository import Repository
 from fastckpt.storage.store import Store
 

@@ -20,8 +20,9 @@ from fastckpt.format import codec, document, names, pack
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.tables import Index, PackInfo, Part, PartInfo, RankTable
+from fastckpt.plan.placement import even_runs
 from fastckpt.repository.history import History, now
-from fastckpt.storage.store import ObjectWriter, Store
+from fastckpt.storage.store import BLOCK_BYTES, ObjectWriter, Store
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
@@ -33,8 +34,20 @@ PACK_BYTES_MAX = 1024 * 1024 * 1024
 class ChunkWriter:
     """The packs of one rank in one attempt, and the table of what is in them."""
 
-    def __init__(self, store: Store, attempt: str, rank: int, chunk_count: int, codec_name: str, trace: Trace) -> None:
+    def __init__(
+        self,
+        store: Store,
+        attempt: str,
+        rank: int,
+        sizes: Sequence[int],
+        codec_name: str,
+        trace: Trace,
+        stream_count: int = 1,
+    ) -> None:
+        """``sizes``: raw bytes of the chunk of each row of the table. Each stream gets a run of rows, of nearly equal
+        bytes."""
         self._store = store
+        self.sizes = sizes
         self.attempt = attempt
         self._rank = rank
         self._codec = codec.CODECS[codec_name]
@@ -42,21 +55,17 @@ class ChunkWriter:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._packs: list[PackInfo] = []
-        self._streams: list[PackStream] = []
+        self.phases = [0] * len(sizes)
+        """By row: where in a block of its pack the chunk is going to begin, if it is stored raw."""
+        ends = itertools.accumulate(even_runs(sizes, stream_count) if sizes else [], initial=0)
+        self.streams = [PackStream(self, range(first, end)) for first, end in itertools.pairwise(ends)]
         # Rows are written by whichever stream has the chunk, each once.
-        self._pack = np.zeros(chunk_count, "<u4")
-        self._offset = np.zeros(chunk_count, "<u8")
-        self._length = np.zeros(chunk_count, "<u4")
-        self._codecs = np.zeros(chunk_count, "u1")
-        self._hashes = np.zeros((chunk_count, HASH_BYTES), "u1")
+        self._pack = np.zeros(len(sizes), "<u4")
+        self._offset = np.zeros(len(sizes), "<u8")
+        self._length = np.zeros(len(sizes), "<u4")
+        self._codecs = np.zeros(len(sizes), "u1")
+        self._hashes = np.zeros((len(sizes), HASH_BYTES), "u1")
         self._stored: dict[int, bytes] = {}
-
-    def stream(self) -> PackStream:
-        """A new stream of packs; each is used by one thread."""
-        stream = PackStream(self)
-        with self._lock:
-            self._streams.append(stream)
-        return stream
 
     def table(self, values: Mapping[str, bytes]) -> RankTable:
         """The rank's table, once every stream is closed. ``values`` are digests by name."""
@@ -83,9 +92,7 @@ class ChunkWriter:
 
     def abandon(self) -> None:
         """Gives up what is still being written. Finished packs stay until the attempt is known to be aborted."""
-        with self._lock:
-            streams = list(self._streams)
-        for stream in streams:
+        for stream in self.streams:
             stream.abandon()
 
     def delete(self) -> bool:
@@ -104,9 +111,19 @@ class ChunkWriter:
 class PackStream:
     """A sequence of packs written by one thread. After an error only ``abandon`` may follow."""
 
-    def __init__(self, writer: ChunkWriter) -> None:
+    def __init__(self, writer: ChunkWriter, rows: range) -> None:
         self._writer = writer
+        self.rows = rows
+        """Of the table: what this stream is to write, in order."""
         self._object: ObjectWriter | None = None
+        # Stored raw, as most chunks are, it is known beforehand where each will be.
+        self._expected = [0]
+        """For each pack the bytes of its chunks."""
+        for row in rows:
+            if self._expected[-1] and self._expected[-1] + writer.sizes[row] > PACK_BYTES_MAX:
+                self._expected.append(0)
+            writer.phases[row] = self._expected[-1] % BLOCK_BYTES
+            self._expected[-1] += writer.sizes[row]
 
     def write(self, row: int, raw: memoryview) -> None:
         """Hashes, encodes and appends one chunk, and enters it in ``row`` of the table."""
@@ -167,7 +184,8 @@ class PackStream:
         writer = self._writer
         self._number = next(writer._numbers)
         self._name = names.pack(writer.attempt, writer._rank, self._number)
-        self._object = writer._store.write(self._name)
+        expected = self._expected.pop(0) if writer._codec == codec.RAW and self._expected else 0
+        self._object = writer._store.write(self._name, bytes_expected=expected)
         self._bytes = 0
         self._lengths: list[int] = []
         self._kinds: list[int] = []
@@ -223,6 +241,8 @@ class Committer:
         # Attempts whose COMMIT was tried.
         self._submitted: set[str] = set()
         self._is_short_of_room = False
+        self._layout_created = ""
+        """The layout object that this committer knows to be durable: the one of the last commit."""
         self.writer = ""
         """The id of this writer once it is open."""
 
@@ -242,24 +262,26 @@ class Committer:
             self._counter += 1
             return names.attempt(self.writer, self._counter)
 
-    def commit(self, contents: Contents) -> Live:
+    def commit(self, contents: Contents, trace: Trace) -> Live:
         """Makes the attempt a snapshot; its packs and parts are durable already. Raises what made it impossible, and
         then the attempt is aborted if the store still answers."""
         with self._lock:
-            layout_digest = self._create_layout(contents.layout)
-            index = Index(
-                attempt=contents.attempt,
-                step=contents.step,
-                layout=layout_digest,
-                layout_bytes=len(contents.layout),
-                parts=sorted(contents.parts, key=lambda info: info.node),
-                bytes=contents.bytes,
-                stored_bytes=contents.stored_bytes,
-                environment=dict(contents.environment),
-            )
-            data = document.seal(index)
-            self._store.create(names.index(contents.attempt), data)
-            live = self._decide(contents, document.digest(data))
+            with trace.span("index"):
+                layout_digest = self._create_layout(contents.layout)
+                index = Index(
+                    attempt=contents.attempt,
+                    step=contents.step,
+                    layout=layout_digest,
+                    layout_bytes=len(contents.layout),
+                    parts=sorted(contents.parts, key=lambda info: info.node),
+                    bytes=contents.bytes,
+                    stored_bytes=contents.stored_bytes,
+                    environment=dict(contents.environment),
+                )
+                data = document.seal(index)
+                self._store.create(names.index(contents.attempt), data)
+            with trace.span("decision"):
+                live = self._decide(contents, document.digest(data))
             metadata_bytes = len(data) + len(contents.layout) + sum(info.size for info in contents.parts)
             self._warn_if_short_of_room(contents.stored_bytes + metadata_bytes)
             return live
@@ -354,15 +376,18 @@ class Committer:
     def _create_layout(self, data: bytes) -> str:
         digest = document.digest(data)
         name = names.layout(digest)
-        try:
-            self._store.create(name, data)
-        except ObjectExists:
-            # Written by an earlier snapshot. A damaged one must not become part of this snapshot too.
-            if self._store.read(name, size_max=document.TABLE_BYTES_MAX + 1024) != data:
-                raise SaveError(
-                    f"{self._store.url}: {name} is damaged, and every snapshot of this layout needs it; "
-                    "run `fastckpt verify --all`, and save to a new repository"
-                ) from None
+        if name != self._layout_created:
+            with contextlib.suppress(ObjectExists):
+                self._store.create(name, data)
+                self._layout_created = name
+                return digest
+        # Written by an earlier snapshot. A damaged one must not become part of this snapshot too.
+        if self._store.read(name, size_max=document.TABLE_BYTES_MAX + 1024) != data:
+            raise SaveError(
+                f"{self._store.url}: {name} is damaged, and every snapshot of this layout needs it; "
+                "run `fastckpt verify --all`, and save to a new repository"
+            )
+        self._layout_created = name
         return digest
 
 

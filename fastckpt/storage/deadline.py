@@ -1,7 +1,7 @@
 """Calls that end in time, and a store all of whose operations do, whatever the storage behind it does.
 
 A call into a dead file system cannot be ended, only left behind. So each runs on a daemon thread, and whoever waits for
-it can stop waiting.
+it can stop waiting. Workers are such threads already: their calls need no other one.
 """
 
 from __future__ import annotations
@@ -71,6 +71,77 @@ class Call(Generic[_Result]):
             self._outcome = None
 
 
+class Worker:
+    """A function on a thread that makes its calls to ``store`` itself."""
+
+    def __init__(self, store: Store, function: Callable[[], object], errors: list[BaseException]) -> None:
+        self.store = store
+        self.ended = threading.Event()
+        self.left_behind = False
+        self.under_way = ""
+        """What it is asking of the store."""
+        self._function: Callable[[], object] | None = function
+        self._errors = errors
+
+    def run(self) -> None:
+        _here.worker = self
+        self.run_as_caller()
+
+    def run_as_caller(self) -> None:
+        """On the caller's own thread: nobody else waits for it, so its calls are made like those of everybody."""
+        assert self._function is not None
+        try:
+            self._function()
+        except BaseException as error:
+            if not self.left_behind:  # else nobody hears of it, and it would hold itself
+                self._errors.append(error)
+        self._function = None
+        if isinstance(self.store, DeadlineStore):
+            self.store._callers.ended(self)
+        else:
+            self.ended.set()
+
+
+_here = threading.local()
+"""``worker``: the one that this thread belongs to."""
+
+
+def run_workers(store: Store, functions: Sequence[Callable[[], object]], name: str) -> None:
+    """Runs the functions at the same time, each on a daemon thread (``<name>-0``, ``<name>-1``, ...), and returns when
+    all have returned. What such a thread asks of a ``DeadlineStore`` is done on that very thread. Where no thread can
+    be started, the caller's runs the function.
+
+    Raises the first error that any of them raised, after all have ended: one that waits for another must be woken by
+    it when that fails. If ``store`` does not answer in time, raises what its own calls raise, and leaves the workers
+    behind: none of them comes to another call, and ``store.busy`` tells whether any is still at work.
+    """
+    errors: list[BaseException] = []
+    started, others = [], []
+    try:
+        for number, worker in enumerate(Worker(store, function, errors) for function in functions):
+            try:
+                threading.Thread(target=worker.run, name=f"{name}-{number}", daemon=True).start()
+                started.append(worker)
+            except (RuntimeError, MemoryError):
+                others.append(worker)
+        for worker in others:
+            worker.run_as_caller()
+        if isinstance(store, DeadlineStore):
+            store._wait_for(started, name)
+        else:
+            for worker in started:
+                worker.ended.wait()
+        if errors:
+            raise errors[0]
+    except BaseException:
+        if isinstance(store, DeadlineStore):
+            for worker in started:
+                store._callers.leave_behind(worker)
+        raise
+    finally:
+        errors.clear()  # an error would hold itself, by its traceback, and with it all that the callers hold
+
+
 class Callers:
     """Daemon threads that make calls for others. Any thread may start one; a thread whose call is back is used again,
     and ends when that is not soon. Where no thread can be started, ``start`` makes the call itself."""
@@ -83,13 +154,16 @@ class Callers:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Call[object]]] = []
-        self._under_way: set[Call[object]] = set()
+        self._under_way: dict[object, float] = {}
+        """When each was started."""
+        self._left_behind = 0
+        """Workers whose caller has gone."""
 
     def start(self, function: Callable[[], _Result]) -> Call[_Result]:
         self._forget_after_fork()
         call = Call(function)
         with self._lock:
-            self._under_way.add(call)  # type: ignore[arg-type]
+            self._under_way[call] = call.started
             calls = self._idle.pop() if self._idle else None
         if calls is None:
             calls = queue.SimpleQueue()
@@ -110,7 +184,39 @@ class Callers:
         """When the oldest call under way was started, on ``time.monotonic()``; None if all are back."""
         self._forget_after_fork()
         with self._lock:
-            return min((call.started for call in self._under_way), default=None)
+            return min(self._under_way.values(), default=None)
+
+    def make_here(self, function: Callable[[], _Result]) -> _Result:
+        """Makes the call on the thread that asks for it, which somebody else watches over."""
+        self._forget_after_fork()
+        call = object()
+        with self._lock:
+            self._under_way[call] = time.monotonic()
+        try:
+            return function()
+        finally:
+            with self._lock:
+                self._under_way.pop(call, None)  # a forked child knows nothing of it
+
+    def leave_behind(self, worker: Worker) -> None:
+        """Nobody waits for this worker any more. Its next call fails."""
+        self._forget_after_fork()
+        with self._lock:
+            if not worker.ended.is_set() and not worker.left_behind:
+                worker.left_behind = True
+                self._left_behind += 1
+
+    def ended(self, worker: Worker) -> None:
+        with self._lock:
+            worker.ended.set()
+            self._left_behind -= worker.left_behind
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way, or a worker that was left behind has not ended."""
+        self._forget_after_fork()
+        with self._lock:
+            return bool(self._under_way or self._left_behind)
 
     def _serve(self, calls: queue.SimpleQueue[Call[object]]) -> None:
         while True:
@@ -128,7 +234,7 @@ class Callers:
     def _make(self, call: Call[object], calls: queue.SimpleQueue[Call[object]] | None = None) -> None:
         call._run()
         with self._lock:
-            self._under_way.remove(call)
+            del self._under_way[call]
             if calls is not None:
                 self._idle.append(calls)
         call._done.set()
@@ -163,14 +269,16 @@ class DeadlineStore:
 
     @property
     def busy(self) -> bool:
-        """Whether a call is under way, be it one that was left behind: it may be using the buffer it was given."""
-        return self._callers.oldest() is not None
+        """Whether a call is under way, or a worker at work that was left behind: it may be using the buffer it was
+        given."""
+        return self._callers.busy
 
     def create(self, name: str, data: Bytes) -> None:
         self._answer(f"create {name!r}", lambda: self._store.create(name, data))
 
-    def write(self, name: str) -> ObjectWriter:
-        return _DeadlineWriter(self, self._answer(f"write {name!r}", lambda: self._store.write(name)), name)
+    def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
+        writer = self._answer(f"write {name!r}", lambda: self._store.write(name, bytes_expected=bytes_expected))
+        return _DeadlineWriter(self, writer, name)
 
     def read(self, name: str, *, size_max: int) -> bytes:
         return self._answer(f"read {name!r}", lambda: self._store.read(name, size_max=size_max))
@@ -201,9 +309,38 @@ class DeadlineStore:
         return None
 
     def _answer(self, what: str, function: Callable[[], _Result]) -> _Result:
+        worker: Worker | None = getattr(_here, "worker", None)
+        if worker is not None and worker.store is self:
+            return self._answer_here(worker, what, function)
         if self._silent():
             raise self._no_answer(what)
         return self._wait(what, self._callers.start(function))
+
+    def _answer_here(self, worker: Worker, what: str, function: Callable[[], _Result]) -> _Result:
+        if worker.left_behind:
+            raise self._given_up(what)
+        if self._silent():
+            raise self._no_answer(what)
+        worker.under_way = what
+        try:
+            result = self._callers.make_here(function)
+        finally:
+            worker.under_way = ""
+        if worker.left_behind:  # meanwhile: whoever wanted it was told that it failed
+            raise self._given_up(what)
+        return result
+
+    def _wait_for(self, workers: Sequence[Worker], name: str) -> None:
+        """Until all have ended."""
+        for worker in workers:
+            while True:
+                oldest = self._callers.oldest() or time.monotonic()
+                seconds = max(0.0, oldest + self._seconds_max - time.monotonic())
+                if worker.ended.wait(seconds) or worker.ended.wait(_MOMENT_SECONDS):
+                    break
+                if self._silent():
+                    whats = [what for each in workers if (what := each.under_way)]
+                    raise self._no_answer(whats[0] if whats else f"go on with {name}")
 
     def _wait(self, what: str, call: Call[_Result]) -> _Result:
         while True:
@@ -219,6 +356,9 @@ class DeadlineStore:
     def _silent(self) -> bool:
         oldest = self._callers.oldest()
         return oldest is not None and time.monotonic() - oldest >= self._seconds_max
+
+    def _given_up(self, what: str) -> StorageError:
+        return StorageError(f"cannot {what} in {self.url}: it was given up, since the storage did not answer in time")
 
     def _no_answer(self, what: str) -> StorageError:
         silent = time.monotonic() - (self._callers.oldest() or time.monotonic())

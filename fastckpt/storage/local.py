@@ -1,5 +1,6 @@
 """LocalStore: objects as files below one directory, durable in the POSIX sense. Raw file descriptors only, since
-bytes in a Python buffer are what an fsync does not see. Nobody else in fastckpt opens files of a repository.
+bytes in a Python buffer are what an fsync does not see. Nobody else in fastckpt opens files of a repository. How bytes
+get into them and out of them is in ``transfers.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastckpt.errors import ObjectExists, ObjectNotFound
 from fastckpt.storage.names import check_name, check_prefix, is_component
 from fastckpt.storage.reasons import storage_error
 from fastckpt.storage.store import Bytes, Capabilities, ObjectInfo
+from fastckpt.storage.transfers import FileAppender, Transfers, as_bytes, system_call
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -55,23 +57,31 @@ class LocalStore:
         self._root = str(Path(text).absolute())
         self.url = "file://" + quote(os.fsencode(self._root))
         self.capabilities = Capabilities(durable=True, create_if_absent=True)
+        self._transfers = Transfers(self.url)
         # Directories (below the root, "" is the root) whose own name this store has made durable, by identity: one
         # removed and made again has to be synced again. Single operations on a dict need no lock.
         self._durable_directories: dict[str, _Identity] = {}
 
+    @property
+    def direct(self) -> bool | None:
+        """Whether large objects are read and written by direct I/O; None until that was tried."""
+        return self._transfers.direct
+
     def create(self, name: str, data: Bytes) -> None:
         check_name(name)
-        content = _as_bytes(data)
+        content = as_bytes(data)
         with self._explained("create", name, writing=len(content)):
             created = self._in_parent(name, lambda parent, leaf: _create(parent, leaf, content))
         if not created:
             raise ObjectExists(f"cannot create {name!r} in {self.url}: it exists")
 
-    def write(self, name: str) -> _LocalWriter:
+    def write(self, name: str, *, bytes_expected: int = 0) -> _LocalWriter:
         check_name(name)
         with self._explained("write", name):
             try:
-                return self._in_parent(name, lambda parent, leaf: _LocalWriter(self, parent, leaf, name))
+                return self._in_parent(
+                    name, lambda parent, leaf: _LocalWriter(self, parent, leaf, name, bytes_expected)
+                )
             except _LeafExistsError as error:
                 raise ObjectExists(f"cannot write {name!r} in {self.url}: it exists") from error
 
@@ -94,17 +104,12 @@ class LocalStore:
         check_name(name)
         if offset < 0:
             raise ValueError(f"offset must not be negative: {offset}")
-        content = _as_bytes(buffer)
+        content = as_bytes(buffer)
         with self._explained("read", name, reading=True), self._opened(name) as (file, size):
             end = offset + len(content)
             if size < end:
                 raise OSError(f"it has {size} bytes, bytes {offset} to {end} were asked for")
-            while content:
-                count = os.preadv(file, [content], offset)
-                if not count:
-                    raise OSError(f"it was cut to {offset} bytes while being read")
-                content = content[count:]
-                offset += count
+            self._transfers.read(file, offset, content)
 
     def size(self, name: str) -> int:
         check_name(name)
@@ -310,10 +315,10 @@ class LocalStore:
 class _LocalWriter:
     """A file being written under its final name. Any error abandons it at once, so that no descriptor is left."""
 
-    def __init__(self, store: LocalStore, parent: int, leaf: str, name: str) -> None:
+    def __init__(self, store: LocalStore, parent: int, leaf: str, name: str, bytes_expected: int) -> None:
         self._store, self._leaf, self._name = store, leaf, name
-        self._offset = 0
         self._file = self._parent = -1
+        self._content = FileAppender(store._transfers)
         try:
             self._file = os.open(leaf, _CREATE, 0o666, dir_fd=parent)
         except FileExistsError as error:
@@ -321,6 +326,7 @@ class _LocalWriter:
         try:
             # finish syncs this directory, not one that may since stand in its place.
             self._parent = os.dup(parent)
+            self._content.begin(self._file, bytes_expected)
         except BaseException:
             self._close()
             with suppress(OSError):
@@ -328,23 +334,25 @@ class _LocalWriter:
             raise
 
     def append(self, data: Bytes) -> int:
-        content = _as_bytes(data)
+        content = as_bytes(data)
         with self._abandoned_on_error("append to", len(content)):
-            start = self._offset
-            self._offset += _write(self._file, content)
+            start = self._content.size
+            self._content.append(content)
             return start
 
     def finish(self) -> int:
-        with self._abandoned_on_error("finish"):
+        size = self._content.size
+        with self._abandoned_on_error("finish", size):
+            self._content.complete()
             os.fsync(self._file)
             file, self._file = self._file, -1
             os.close(file)  # network file systems and quotas report late, here
             _sync_directory(self._parent)
             found = os.stat(self._leaf, dir_fd=self._parent, follow_symlinks=False).st_size
-            if found != self._offset:
-                raise OSError(f"{self._offset} bytes were written, {found} are there: somebody else writes to it")
+            if found != size:
+                raise OSError(f"{size} bytes were written, {found} are there: somebody else writes to it")
         self._close()
-        return self._offset
+        return size
 
     def abandon(self) -> None:
         if self._parent >= 0:
@@ -363,6 +371,7 @@ class _LocalWriter:
         for descriptor in (file, parent):
             if descriptor >= 0:
                 _release(descriptor)
+        self._content.close()
 
     @contextmanager
     def _abandoned_on_error(self, verb: str, writing: int | None = None) -> Iterator[None]:
@@ -447,13 +456,7 @@ def _rename_if_absent(parent: int, temporary: str, leaf: str) -> None:
 
 
 def _renameat2(parent: int, old: str, new: str, flags: int) -> None:
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError as error:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
-    if renameat2(parent, os.fsencode(old), parent, os.fsencode(new), ctypes.c_uint(flags)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    system_call("renameat2", parent, os.fsencode(old), parent, os.fsencode(new), ctypes.c_uint(flags))
 
 
 def _write(file: int, content: memoryview) -> int:
@@ -464,11 +467,6 @@ def _write(file: int, content: memoryview) -> int:
             raise OSError("the system wrote nothing and gave no reason")
         remaining = remaining[count:]
     return len(content)
-
-
-def _as_bytes(data: Bytes) -> memoryview:
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot always be cast
 
 
 def _sync_directory(directory: int) -> None:

@@ -29,7 +29,7 @@ class MemoryStore:
         with self._lock:
             self._add(name, content)
 
-    def write(self, name: str) -> _MemoryWriter:
+    def write(self, name: str, *, bytes_expected: int = 0) -> _MemoryWriter:
         check_name(name)
         content = bytearray()
         with self._lock:

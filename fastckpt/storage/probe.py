@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import stat
@@ -22,13 +21,14 @@ from typing import Literal, TypeAlias
 
 from fastckpt.errors import ObjectExists
 from fastckpt.storage.local import LocalStore
+from fastckpt.storage.store import BLOCK_BYTES
+from fastckpt.storage.transfers import BUFFER_BYTES
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP}
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
-_ALIGNMENTS = (512, 4096)
 _ALIGNMENT_MAX = 1024 * 1024
 _CLOCK_SECONDS_MAX = 60.0
 _INODES_MIN = 10_000
@@ -191,23 +191,23 @@ class _Probe:
         return Finding("create if absent", "ok", "by link", facts={"primitive": "link"})
 
     def direct(self) -> Finding:
-        """A real aligned write and read: some file systems accept the flag and refuse the transfer."""
+        """What the store that saves use makes of it: some file systems accept the flag and refuse the transfer."""
         about = "direct I/O"
         with self._file("direct") as file:
             announced = _announced_alignment(file)
-        reason = "the system has no O_DIRECT"
-        for alignment in (announced,) if announced else _ALIGNMENTS:
-            try:
-                same = self._direct_round_trip(alignment)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                continue
-            facts: dict[str, Fact] = {"supported": True, "alignment": alignment, "announced": bool(announced)}
-            if not same:
-                return Finding(about, "fail", "what was written reads back changed", "do not trust this storage", facts)
-            source = "as the kernel says" if announced else "found by trying"
-            return Finding(about, "ok", f"in blocks of {alignment} bytes ({source})", facts=facts)
-        return Finding(about, "ok", f"not supported ({reason}); nothing needs it", facts={"supported": False})
+        store, content = LocalStore(self._path), secrets.token_bytes(BUFFER_BYTES)
+        writer = store.write("packs/direct")
+        writer.append(content)
+        writer.finish()
+        back = bytearray(len(content))
+        store.read_into("packs/direct", 0, memoryview(back))
+        facts: dict[str, Fact] = {"supported": bool(store.direct), "alignment": announced or None}
+        if back != content:
+            return Finding(about, "fail", "what was written reads back changed", "do not trust this storage", facts)
+        if store.direct:
+            return Finding(about, "ok", f"yes, in blocks of {BLOCK_BYTES} bytes", facts=facts)
+        why = f"this file system wants blocks of {announced} bytes" if announced else "this file system refuses it"
+        return Finding(about, "ok", f"no: {why}; files go through the page cache, which is slower", facts=facts)
 
     def locks(self) -> Finding:
         """Nothing in fastckpt locks; other tools on the same storage may."""
@@ -273,21 +273,6 @@ class _Probe:
 
     def _file(self, name: str) -> contextlib.AbstractContextManager[int]:
         return self._opened(name, _CREATE)
-
-    def _direct_round_trip(self, alignment: int) -> bool:
-        """Whether two blocks written past the page cache, the second alone, read back the same."""
-        if not hasattr(os, "O_DIRECT"):
-            raise OSError(errno.ENOTSUP, "this system has no O_DIRECT")
-        with mmap.mmap(-1, 2 * max(alignment, mmap.PAGESIZE)) as memory, memoryview(memory) as view:
-            ours, theirs = view[:alignment], view[len(view) // 2 :][:alignment]
-            with ours, theirs, self._opened(f"direct-{alignment}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as file:
-                for offset in (0, alignment):
-                    ours[:] = secrets.token_bytes(alignment)
-                    if os.pwritev(file, [ours], offset) != alignment or os.preadv(file, [theirs], offset) != alignment:
-                        raise OSError(errno.EIO, "a transfer was cut short")
-                    if ours != theirs:
-                        return False
-                return True
 
 
 def _announced_alignment(file: int) -> int:

@@ -11,6 +11,9 @@ from typing import Protocol, TypeAlias
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
+BLOCK_BYTES = 4096
+"""Bytes move without a copy where the address of a buffer and its place in the object are equal modulo this."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
@@ -33,7 +36,8 @@ class ObjectWriter(Protocol):
     """One object being written from front to back, by one thread. Ends with exactly one ``finish`` or ``abandon``."""
 
     def append(self, data: Bytes) -> int:
-        """Adds ``data`` and returns the offset it starts at. The buffer may be reused as soon as this returns."""
+        """Adds ``data`` and returns the offset it starts at. The buffer may be reused as soon as this returns. Fastest
+        where its address and that offset are equal modulo ``BLOCK_BYTES``."""
 
     def finish(self) -> int:
         """Makes the object and its name durable, and returns its size. Nothing may be called afterwards.
@@ -65,16 +69,17 @@ class Store(Protocol):
         and is as durable as after a create that succeeded. After any other error the object may or may not exist, and
         may not be durable if it does: create it again to know, and if that says ``ObjectExists``, read it."""
 
-    def write(self, name: str) -> ObjectWriter:
+    def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
         """Starts a large object. ``ObjectExists`` if the name is taken. Until ``finish`` returns, others may see it
-        missing, empty, partial or whole, and so may everyone after a crash."""
+        missing, empty, partial, larger or whole, and so may everyone after a crash. ``bytes_expected``: about how many
+        will come, if known, so that room can be set aside for them; more or fewer may."""
 
     def read(self, name: str, *, size_max: int) -> bytes:
         """The whole object. ``StorageError`` if it is larger than ``size_max`` bytes; nothing is allocated for it."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from ``offset`` (negative: ``ValueError``). A short object is ``StorageError``, never a
-        short read."""
+        short read. Fastest where the buffer's address and ``offset`` are equal modulo ``BLOCK_BYTES``."""
 
     def size(self, name: str) -> int:
         """Bytes of the object; ``ObjectNotFound`` if there is none."""

@@ -107,8 +107,9 @@ class FaultyStore:
     def create(self, name: str, data: Bytes) -> None:
         self._faults.run("create", name, lambda: self.store.create(name, data))
 
-    def write(self, name: str) -> ObjectWriter:
-        return _FaultyWriter(self._faults.run("write", name, lambda: self.store.write(name)), name, self._faults)
+    def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
+        writer = self._faults.run("write", name, lambda: self.store.write(name, bytes_expected=bytes_expected))
+        return _FaultyWriter(writer, name, self._faults)
 
     def read(self, name: str, *, size_max: int) -> bytes:
         return self._faults.run("read", name, lambda: self.store.read(name, size_max=size_max))

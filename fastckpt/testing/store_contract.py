@@ -12,15 +12,18 @@ A store's test file is a subclass with one fixture::
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 
 import pytest
 
 from fastckpt.errors import ObjectExists, ObjectNotFound, StorageError
-from fastckpt.storage.store import Bytes, Store
+from fastckpt.storage.store import BLOCK_BYTES, Bytes, Store
 
 _BIG = 1 << 20
+_PHASES = (0, 1, 511, 512, BLOCK_BYTES - 1)
+"""Of an address or an offset, modulo ``BLOCK_BYTES``."""
 
 _BAD_NAMES = [
     "",
@@ -175,6 +178,40 @@ class StoreContract:
         writer.append(memoryview(b"12345678").cast("I"))
         writer.finish()
         assert self.raw_read(store, "a") == b"".join(bytes([n]) * _BIG for n in range(4)) + b"12345678"
+
+    def test_wherever_bytes_lie_and_wherever_they_go_they_arrive(self, store: Store) -> None:
+        memory = _aligned_memory(200_000)
+        memory[:] = (bytes(range(251)) * 1000)[: len(memory)]
+        writer, content = store.write("a"), b""
+        for phase in _PHASES:
+            for address in _PHASES:
+                content += memory[: -(len(content) - phase) % BLOCK_BYTES]
+                writer.append(memory[: len(content) - writer.append(b"")])
+                for size in (3 * BLOCK_BYTES, 70_000, 1, 0):
+                    data = memory[address : address + size]
+                    assert writer.append(data) == len(content)
+                    content += data
+        assert writer.finish() == len(content)
+        assert self.raw_read(store, "a") == content
+        for phase in _PHASES:
+            for address in _PHASES:
+                for offset, size in ((phase, 5000), (phase, 70_000), (len(content) - 81920 - phase, 81920 + phase)):
+                    buffer = _aligned_memory(address + size + 1)
+                    store.read_into("a", offset, buffer[address : address + size])
+                    assert buffer[address : address + size] == content[offset : offset + size], (address, offset, size)
+                    assert not any(buffer[:address])
+                    assert not buffer[address + size]
+
+    @pytest.mark.parametrize("expected", [0, 1, 3 * _BIG + 5, 40 * _BIG, 1 << 60])
+    def test_more_or_fewer_bytes_than_expected_may_come(self, store: Store, expected: int) -> None:
+        writer = store.write("a", bytes_expected=expected)
+        for _ in range(3):
+            writer.append(bytes([7]) * _BIG)
+        writer.append(b"12345")
+        assert writer.finish() == 3 * _BIG + 5
+        assert self.raw_read(store, "a") == bytes([7]) * 3 * _BIG + b"12345"
+        store.write("b", bytes_expected=expected).abandon()
+        assert [info.name for info in store.list("")] == ["a"]
 
     def test_write_does_not_touch_an_existing_object(self, make_store: Callable[[], Store]) -> None:
         store = make_store()
@@ -350,6 +387,11 @@ class StoreContract:
         store.create("a", b"lower")
         store.create("A", b"upper")
         assert store.read("a", size_max=5) == b"lower"
+
+
+def _aligned_memory(size: int) -> memoryview:
+    """Zeros, at an address that is a multiple of ``BLOCK_BYTES``."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 def _assert_absent(store: Store, name: str) -> None:

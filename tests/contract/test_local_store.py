@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
+import mmap
 import os
 import random
 import signal
@@ -17,10 +20,10 @@ from urllib.parse import unquote
 import pytest
 
 from fastckpt.errors import ObjectExists, ObjectNotFound, OutOfSpace, StorageError
-from fastckpt.storage import local
+from fastckpt.storage import local, transfers
 from fastckpt.storage.local import LocalStore
 from fastckpt.storage.reasons import REASONS
-from fastckpt.storage.store import ObjectWriter, Store
+from fastckpt.storage.store import BLOCK_BYTES, ObjectWriter, Store
 from fastckpt.testing import StoreContract
 
 
@@ -47,6 +50,43 @@ class TestLocalStoreThroughRename(TestLocalStore):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
         monkeypatch.setattr(os, "link", link)
+
+
+class TestLocalStoreThroughThePageCache(TestLocalStore):
+    """On file systems without direct I/O."""
+
+    @pytest.fixture(autouse=True)
+    def no_direct_transfers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        _refuse_direct_transfers(monkeypatch)
+
+
+MEBIBYTE = 1 << 20
+
+
+def _use_small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nearly every byte is at the edge of something."""
+    monkeypatch.setattr(transfers, "BUFFER_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(transfers, "DIRECT_BYTES_MIN", BLOCK_BYTES)
+
+
+def _refuse_direct_transfers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The flag is taken and each transfer refused, as some file systems do it. Returns which were."""
+    refused = []
+
+    def refusing(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(file, pieces, offset):
+            if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+                refused.append(name)
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(file, pieces, offset)
+
+        monkeypatch.setattr(os, name, call)
+
+    refusing("pwritev")
+    refusing("preadv")
+    return refused
 
 
 def _path(store: Store, name: str) -> Path:
@@ -103,6 +143,8 @@ def calls(monkeypatch, tmp_path) -> list[tuple[str, ...]]:
     record("open", opened)
     record("mkdir", lambda path, mode=0o777, *, dir_fd=None: (name(dir_fd, path),))
     record("write", lambda descriptor, data: (name(descriptor),))
+    record("pwritev", lambda descriptor, pieces, offset: (name(descriptor),))
+    record("ftruncate", lambda descriptor, size: (name(descriptor),))
     record("fsync", lambda descriptor: (name(descriptor),))
     record("close", closed)
     record("unlink", lambda path, *, dir_fd=None: (name(dir_fd, path),))
@@ -150,14 +192,15 @@ def test_a_created_file_is_synced_before_it_gets_its_name_and_its_directory_afte
 def test_a_stream_is_synced_and_closed_and_then_its_directory_synced(store, calls):
     store.create("a/b", b"content")
     calls.clear()
-    writer = store.write("a/c")
-    writer.append(b"0123")
-    writer.append(b"4567")
+    writer = store.write("a/c", bytes_expected=8 * MEBIBYTE)
+    writer.append(bytes(MEBIBYTE))
+    writer.append(b"01234567")
     writer.finish()
     assert _below(calls) == [
         ("open", "repository/a/c"),
-        ("write", "repository/a/c"),
-        ("write", "repository/a/c"),
+        ("pwritev", "repository/a/c"),
+        ("pwritev", "repository/a/c"),
+        ("ftruncate", "repository/a/c"),
         ("fsync", "repository/a/c"),
         ("close", "repository/a/c"),
         ("fsync", "repository/a"),
@@ -298,9 +341,10 @@ def test_an_object_removed_while_it_was_written_cannot_be_finished(tmp_path, sto
 
 def test_an_object_cut_while_it_was_written_cannot_be_finished(tmp_path, store):
     writer = store.write("a")
+    writer.append(bytes(MEBIBYTE))
     writer.append(b"0123456789")
     os.truncate(tmp_path / "repository" / "a", 4)
-    with pytest.raises(StorageError, match="10 bytes were written, 4 are there"):
+    with pytest.raises(StorageError, match="1048576 bytes were written, 4 are there"):
         writer.finish()
 
 
@@ -313,6 +357,8 @@ class Faults:
     CALLS = (
         "open",
         "write",
+        "pwritev",
+        "ftruncate",
         "fsync",
         "close",
         "link",
@@ -333,6 +379,7 @@ class Faults:
         self.failed = ""
         for call in self.CALLS:
             monkeypatch.setattr(os, call, self._faulty(call, getattr(os, call)))
+        monkeypatch.setattr(fcntl, "fcntl", self._faulty("fcntl", fcntl.fcntl))
 
     def _faulty(self, call, real):
         def faulty(*args, **kwargs):
@@ -350,20 +397,24 @@ class Faults:
         self.fail_at, self.code, self.count, self.failed = fail_at, code, 0, ""
 
 
+CONTENT = bytes(range(250)) * 80
+
+
 def _create_object(store: LocalStore) -> None:
-    store.create("a/b/object", b"0123456789")
+    store.create("a/b/object", CONTENT)
 
 
 def _write_object(store: LocalStore) -> None:
-    writer = store.write("a/b/object")
-    writer.append(b"01234")
-    writer.append(b"56789")
-    assert writer.finish() == 10
+    writer = store.write("a/b/object", bytes_expected=2 * len(CONTENT))
+    writer.append(CONTENT[:10_000])
+    writer.append(CONTENT[10_000:])
+    assert writer.finish() == len(CONTENT)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS, errno.ESTALE])
 @pytest.mark.parametrize("work", [_create_object, _write_object])
 def test_whichever_system_call_fails_nothing_is_torn_leaked_or_unnamed(tmp_path, monkeypatch, work, code):
+    _use_small_buffers(monkeypatch)
     descriptors = len(os.listdir("/proc/self/fd"))
     faults = Faults(monkeypatch)
     failed = set()
@@ -388,18 +439,19 @@ def test_whichever_system_call_fails_nothing_is_torn_leaked_or_unnamed(tmp_path,
             assert isinstance(error, OutOfSpace) == (code in (errno.ENOSPC, errno.EDQUOT))
             assert error.transient == (code in (errno.EMFILE, errno.ESTALE))
         else:
-            assert store.read("a/b/object", size_max=10) == b"0123456789"
-        if reached in ("fsync", "write", "link", "mkdir"):
+            assert store.read("a/b/object", size_max=len(CONTENT)) == CONTENT
+        if reached in ("fsync", "write", "pwritev", "ftruncate", "link", "mkdir"):
             assert error is not None, f"the failure of {reached} was swallowed"
         if work is _create_object:
-            assert [info.size for info in store.list("")] in ([], [10])
+            assert [info.size for info in store.list("")] in ([], [len(CONTENT)])
         store.create("a/b/next", b"next")
         assert store.read("a/b/next", size_max=4) == b"next"
         assert len(os.listdir("/proc/self/fd")) == descriptors
         if not reached:
             break
     assert number > 15
-    assert failed >= {"open", "write", "fsync", "close", "mkdir"} | ({"link"} if work is _create_object else set())
+    own = {"write", "link"} if work is _create_object else {"pwritev", "ftruncate", "fcntl"}
+    assert failed >= {"open", "fsync", "close", "mkdir"} | own
 
 
 def test_a_failed_stream_takes_nothing_more(store, monkeypatch):
@@ -407,7 +459,7 @@ def test_a_failed_stream_takes_nothing_more(store, monkeypatch):
     writer = store.write("a")
     faults.arm(1, errno.EIO)
     with pytest.raises(StorageError):
-        writer.append(b"x")
+        writer.append(bytes(MEBIBYTE))
     for call in (lambda: writer.append(b"x"), writer.finish):
         with pytest.raises(ValueError, match="nothing may follow"):
             call()
@@ -460,13 +512,13 @@ def test_every_reason_of_the_system_is_told_with_what_to_do_about_it(store, monk
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", fail)
+        patch.setattr(os, "pwritev", fail)
         with pytest.raises(StorageError) as caught:
-            writer.append(b"x" * 1000)
+            writer.append(bytes(MEBIBYTE))
     text = str(caught.value)
     assert text.startswith(f"cannot append to 'a/b' in {store.url}: {os.strerror(code)}; ")
     assert REASONS[code].advice in text
-    assert ("1,000 bytes were to be written" in text) == (code == errno.ENOSPC)
+    assert ("1,048,576 bytes were to be written" in text) == (code == errno.ENOSPC)
     assert isinstance(caught.value, OutOfSpace) == (code in (errno.ENOSPC, errno.EDQUOT))
     assert caught.value.transient == REASONS[code].transient
     assert not caught.value.transient or code not in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -514,8 +566,9 @@ def test_an_error_of_close_is_an_error_of_finish(store, monkeypatch):
 
 
 def test_short_writes_and_short_reads_are_continued(store, monkeypatch):
-    write, preadv, read = os.write, os.preadv, os.read
+    write, pwritev, preadv, read = os.write, os.pwritev, os.preadv, os.read
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    monkeypatch.setattr(os, "pwritev", lambda descriptor, views, offset: pwritev(descriptor, [views[0][:9]], offset))
     monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: preadv(descriptor, [views[0][:5]], offset))
     monkeypatch.setattr(os, "read", lambda descriptor, count: read(descriptor, min(count, 3)))
     data = bytes(range(100))
@@ -573,7 +626,7 @@ def test_a_link_that_happened_but_was_reported_as_failed_counts_as_ours(store, m
 
 
 def _append_a_megabyte(writer: ObjectWriter) -> None:
-    for _ in range(100):
+    for _ in range(110):
         writer.append(b"x" * 10_000)
 
 
@@ -619,6 +672,283 @@ def test_the_room_that_is_left_is_what_the_file_system_says_and_none_if_it_takes
             store.write("b")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+# Direct transfers, and doing without.
+
+
+def _aligned(size: int, phase: int = 0) -> memoryview:
+    return memoryview(mmap.mmap(-1, size + phase))[phase:]
+
+
+def _need_direct(store: LocalStore) -> None:
+    writer = store.write("probe")
+    writer.append(_aligned(MEBIBYTE))
+    writer.abandon()
+    if not store.direct:
+        pytest.skip("no direct I/O where temporary files are")
+
+
+def test_what_lies_as_in_the_file_is_written_and_read_from_where_it_lies(store, monkeypatch):
+    _need_direct(store)
+    moved = []
+
+    def recording(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(file, pieces, offset):
+            moved.append((offset, [(transfers.address(piece) - start, len(piece)) for piece in pieces]))
+            return real(file, pieces, offset)
+
+        monkeypatch.setattr(os, name, call)
+
+    recording("pwritev")
+    recording("preadv")
+    content = _aligned(MEBIBYTE, 5)
+    content[:] = random.Random(1).randbytes(MEBIBYTE)
+    start = transfers.address(content) - 5
+    writer = store.write("a")
+    assert writer.append(b"01234") == 0
+    writer.append(content)
+    ((offset, pieces),) = moved
+    assert (offset, pieces[1:]) == (0, [(4096, MEBIBYTE - 4096)]), "all but the edges"
+    writer.finish()
+    moved.clear()
+    back = _aligned(MEBIBYTE, 5)
+    start = transfers.address(back) - 5
+    store.read_into("a", 5, back)
+    ((offset, pieces),) = moved
+    assert (offset, pieces[1]) == (0, (4096, MEBIBYTE - 4096))
+    assert back == content
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_pieces_at_random_places_arrive_and_are_read_back(store, monkeypatch, seed, refuse):
+    _use_small_buffers(monkeypatch)
+    if refuse:
+        _refuse_direct_transfers(monkeypatch)
+    else:
+        _need_direct(store)
+    generator = random.Random(seed)
+    memory = _aligned(100_000)
+    memory[:] = generator.randbytes(len(memory))
+    for number in range(10):
+        writer, content = store.write(f"a/{number}", bytes_expected=generator.randrange(300_000)), b""
+        for _ in range(generator.randrange(10)):
+            begin = generator.choice([0, 1, 511, 512, 4095, len(content) % 4096, generator.randrange(5000)])
+            size = generator.choice([0, 1, 100, 4096, 12288, generator.randrange(90_000)])
+            assert writer.append(memory[begin : begin + size]) == len(content)
+            content += memory[begin : begin + size]
+        assert writer.finish() == len(content)
+        assert _path(store, f"a/{number}").read_bytes() == content
+        for _ in range(10):
+            offset = generator.randrange(len(content) + 1)
+            size = generator.randrange(len(content) - offset + 1)
+            phase = generator.choice([offset % 4096, generator.randrange(4096)])
+            target = _aligned(size + 1, phase)
+            target[size] = 0xEE
+            store.read_into(f"a/{number}", offset, target[:size])
+            assert target[:size] == content[offset : offset + size]
+            assert target[size] == 0xEE
+    assert store.direct is not refuse, "nothing but the file system may be a reason to do without"
+
+
+def _refuse_the_flag(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    refused = []
+    real = fcntl.fcntl
+
+    def call(file, command, argument=0):
+        if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+            refused.append("F_SETFL")
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(file, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", call)
+    return refused
+
+
+@pytest.mark.parametrize("refuse", [_refuse_the_flag, _refuse_direct_transfers])
+@pytest.mark.parametrize("first", ["write", "read"])
+def test_a_refused_direct_transfer_is_done_through_the_page_cache_and_not_tried_again(
+    tmp_path, monkeypatch, caplog, refuse, first
+):
+    content = random.Random(1).randbytes(3 * MEBIBYTE + 7)
+    LocalStore(tmp_path / "repository").create("there", content)
+    refused = refuse(monkeypatch)
+    store = LocalStore(tmp_path / "repository")
+    assert store.direct is None
+    with caplog.at_level(logging.INFO, "fastckpt"):
+        for number, verb in enumerate([first, "write", "read", "write"]):
+            if verb == "write":
+                writer = store.write(f"a{number}")
+                writer.append(content)
+                writer.finish()
+                assert _path(store, f"a{number}").read_bytes() == content
+            else:
+                back = bytearray(len(content))
+                store.read_into("there", 0, memoryview(back))
+                assert back == content
+            assert store.direct is False
+    assert len(refused) == 1
+    assert caplog.messages == [
+        f"{store.url}: no direct I/O here ({os.strerror(errno.EINVAL)}): files go through the page cache"
+    ]
+
+
+def test_a_file_that_may_not_be_direct_is_not_taken_for_anothers(tmp_path, monkeypatch):
+    """A kernel that refuses the flag while creating a file has created it."""
+    opened = []
+    real = os.open
+
+    def recording(path, flags, mode=0o777, *, dir_fd=None):
+        opened.append(flags)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", recording)
+    writer = LocalStore(tmp_path).write("a")
+    writer.append(bytes(MEBIBYTE))
+    writer.finish()
+    assert not any(flags & os.O_DIRECT for flags in opened)
+
+
+def test_a_direct_write_that_ends_inside_a_block_is_continued_and_speaks_against_no_other_file(store, monkeypatch):
+    _need_direct(store)
+    real, cut = os.pwritev, []
+
+    def pwritev(file, pieces, offset):
+        if cut:
+            return real(file, pieces, offset)
+        fcntl.fcntl(file, fcntl.F_SETFL, 0)
+        cut.append(real(file, [pieces[0][:9]], offset))
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)
+        return cut[0]
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    content = random.Random(1).randbytes(3 * MEBIBYTE + 7)
+    writer = store.write("a")
+    writer.append(content)
+    writer.finish()
+    assert cut == [9]
+    assert _path(store, "a").read_bytes() == content
+    assert store.direct
+
+
+def test_what_is_too_small_for_a_direct_transfer_says_nothing_about_them(store):
+    for size in (0, 1, 4096, 5000):
+        writer = store.write(f"a{size}")
+        writer.append(bytes(size))
+        writer.finish()
+        store.read_into(f"a{size}", 0, memoryview(bytearray(size)))
+    assert store.direct is None
+
+
+def test_two_that_are_refused_at_the_same_moment_say_it_once(store, monkeypatch, caplog):
+    writers = [store.write("a"), store.write("b")]
+    real, began = os.pwritev, []
+
+    def pwritev(file, pieces, offset):
+        if not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            return real(file, pieces, offset)
+        began.append(file)
+        if len(began) == 1:
+            writers[1].append(bytes(MEBIBYTE))
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with caplog.at_level(logging.INFO, "fastckpt"):
+        writers[0].append(bytes(MEBIBYTE))
+    assert len(began) == 2
+    assert len(caplog.messages) == 1
+    assert [writer.finish() for writer in writers] == [MEBIBYTE, MEBIBYTE]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_through_the_page_cache_writing_starts_long_before_the_sync(store, monkeypatch, missing):
+    _refuse_direct_transfers(monkeypatch)
+    started = []
+    real = transfers.system_call
+
+    def recording(name, file, *arguments):
+        if name == "sync_file_range":
+            if missing:
+                started.append(0)
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            started.append((arguments[0].value, arguments[1].value))
+        real(name, file, *arguments)
+
+    monkeypatch.setattr(transfers, "system_call", recording)
+    content = bytes(12 * MEBIBYTE)
+    writer = store.write("a")
+    for _ in range(2):
+        writer.append(content)
+    assert writer.finish() == 24 * MEBIBYTE
+    if missing:
+        assert started == [0], "not asked for again"
+    else:
+        assert [offset for offset, _ in started] == [0, started[0][1]]
+        assert sum(count for _, count in started) > 20 * MEBIBYTE
+
+
+def test_what_cannot_be_started_to_be_written_is_an_error(store, monkeypatch):
+    _refuse_direct_transfers(monkeypatch)
+
+    def fail(name, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(transfers, "system_call", fail)
+    writer = store.write("a")
+    with pytest.raises(StorageError, match=os.strerror(errno.EIO)):
+        writer.append(bytes(12 * MEBIBYTE))
+
+
+def test_room_that_was_set_aside_and_not_needed_is_given_back(store):
+    writer = store.write("a", bytes_expected=64 * MEBIBYTE)
+    writer.append(bytes(MEBIBYTE) + b"x")
+    path = _path(store, "a")
+    assert path.stat().st_size == MEBIBYTE, "nobody sees more than was written"
+    allocated = path.stat().st_blocks * 512
+    writer.finish()
+    if allocated < 64 * MEBIBYTE:
+        pytest.skip("no fallocate where temporary files are")
+    assert path.stat().st_blocks * 512 < 2 * MEBIBYTE
+    assert path.stat().st_size == MEBIBYTE + 1
+
+
+@pytest.mark.parametrize(("code", "asked"), [(errno.EOPNOTSUPP, 1), (errno.ENOSYS, 1), (errno.ENOSPC, 2)])
+def test_room_that_cannot_be_set_aside_is_gone_without(store, monkeypatch, code, asked):
+    calls = []
+
+    def fail(name, *_):
+        calls.append(name)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(transfers, "system_call", fail)
+    for number in range(2):
+        writer = store.write(f"a{number}", bytes_expected=2 * MEBIBYTE)
+        writer.append(bytes(2 * MEBIBYTE))
+        assert writer.finish() == 2 * MEBIBYTE
+    assert calls == ["fallocate"] * asked
+
+
+def test_no_more_room_is_asked_for_than_there_is(store, monkeypatch):
+    def fail(name, *_):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(transfers, "system_call", fail)
+    store.write("a", bytes_expected=1 << 60).abandon()
+
+
+def test_a_forked_child_takes_buffers_of_its_own(store, monkeypatch):
+    writer = store.write("a")
+    writer.append(bytes(100_000))
+    writer.finish()
+    (buffer,) = store._transfers._buffers
+    child = os.fork()
+    if child == 0:
+        own = store._transfers.take_buffer()
+        os._exit(transfers.address(own) == transfers.address(buffer))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # Directories that nobody needs any more.
@@ -943,10 +1273,10 @@ def test_two_hundred_operations_leave_no_descriptor(tmp_path, store):
 def test_a_stream_nobody_ended_stays_as_a_dead_process_leaves_it(store):
     before = len(os.listdir("/proc/self/fd"))
     writer = store.write("a")
-    writer.append(b"abc")
+    writer.append(CONTENT * 100)
     del writer
     assert len(os.listdir("/proc/self/fd")) == before
-    assert store.read("a", size_max=3) == b"abc"
+    assert store.read("a", size_max=len(CONTENT) * 100) == (CONTENT * 100)[:MEBIBYTE], "what was not yet held back"
 
 
 @pytest.mark.parametrize("path", ["", "a\0b"])

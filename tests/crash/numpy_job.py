@@ -169,9 +169,9 @@ class RankSaves:
         self._cleaned = False
 
     def save(self, step: int, state: State, on_committed: Callable[[int], None] = lambda step: None) -> Live:
-        attempt = self._saves.agree(step % GENERATION, state)
-        written: Any
         trace = Trace()
+        attempt = self._saves.agree(step % GENERATION, state, trace)
+        written: Any
         try:
             written = self._saves.write(attempt, state, self._staging_pool(attempt), trace, lambda: None)
         except Exception as error:
@@ -185,8 +185,9 @@ class RankSaves:
         return live
 
     def _staging_pool(self, attempt: Attempt) -> Pool:
-        if self._pool is None:
-            self._pool = Pool(attempt.agreed.largest_chunk_bytes, 3)
+        wanted = attempt.agreed.pool_bytes(6 * CHUNK_BYTES)
+        if self._pool is None or self._pool.bytes < wanted:
+            self._pool = Pool(wanted)
         self._pool.reset()
         return self._pool
 

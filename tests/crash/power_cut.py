@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 from fastckpt import save
 from fastckpt.errors import FastckptError
+from fastckpt.storage import transfers
 from fastckpt.storage.local import LocalStore
 from tests.crash.numpy_job import OPTIONS, stored_tensors, stored_values
 from tests.crash.scenarios import SCENARIOS, SPEC, Run, Scenario, nothing, prepared, violations
@@ -435,6 +436,9 @@ def main() -> None:
     parser.add_argument("--before", default="", help="cut only before such a call, such as 'fsync of decisions'")
     parser.add_argument("--mistake", choices=sorted(MISTAKES), default=no_mistake.__name__)
     given = parser.parse_args()
+    # Packs as small as these are written directly too.
+    transfers.BLOCK_BYTES = transfers.DIRECT_BYTES_MIN = 512
+    transfers.BUFFER_BYTES = 1024
     scenarios = SCENARIOS
     if given.through_checkpointer:
         importlib.import_module("fastckpt.checkpointer")  # once, here, with torch

@@ -32,6 +32,7 @@ from fastckpt.format.decision import Live
 from fastckpt.options import Options
 from fastckpt.plan.save_plan import KNOWN
 from fastckpt.repository import repository
+from fastckpt.storage import transfers
 from fastckpt.storage.local import LocalStore
 from fastckpt.storage.store import Store
 from fastckpt.testing.faulty_store import FaultyStore
@@ -411,6 +412,8 @@ def main(arguments: Iterable[str]) -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--directory", required=True, type=Path)
     given = parser.parse_args(list(arguments))
+    # So that the packs are written by direct I/O, in several calls each.
+    transfers.BUFFER_BYTES, transfers.DIRECT_BYTES_MIN = 2 * BLOCK, BLOCK
     print(json.dumps(vars(CASES[given.case](given.directory))))
 
 

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from fastckpt import save
 from fastckpt.buffers import Pool
 from fastckpt.repository import repository
+from fastckpt.storage import transfers
 from fastckpt.storage.local import LocalStore
 from tests.crash import numpy_job
 from tests.crash.numpy_job import saved_as
@@ -50,9 +51,10 @@ SECONDS_MAX = 20.0
 MESSAGE_BYTES_MAX = 1 << 20
 
 WRITING = {
-    "write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "sync_file_range", "ftruncate", "truncate",
-    "fallocate", "copy_file_range", "sendfile", "link", "linkat", "symlink", "symlinkat", "rename", "renameat",
-    "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "chmod", "fchmod", "fchmodat", "memfd_create",
+    "write", "pwrite64", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "sync_file_range", "ftruncate",
+    "truncate", "fallocate", "copy_file_range", "sendfile", "link", "linkat", "symlink", "symlinkat", "rename",
+    "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "chmod", "fchmod", "fchmodat",
+    "memfd_create",
 }  # fmt: skip
 """And opening with O_CREAT, and closing what was opened for writing."""
 READING = {
@@ -70,12 +72,20 @@ LIKELY = {
     **dict.fromkeys(["open", "openat"], _ALWAYS | _NO_SPACE | {"EROFS", "EMFILE"}),
     **dict.fromkeys(["memfd_create", "fcntl"], _ALWAYS | {"EMFILE"}),
     **dict.fromkeys(["read", "preadv", "preadv2"], _ALWAYS | {"EAGAIN"}),
-    "write": _ALWAYS | _NO_SPACE | {"EAGAIN"},
+    **dict.fromkeys(["write", "pwritev", "pwritev2"], _ALWAYS | _NO_SPACE | {"EAGAIN"}),
+    "fallocate": _ALWAYS | _NO_SPACE,
     "fsync": _ALWAYS | _NO_SPACE | {"EROFS"},
     "close": _ALWAYS | _NO_SPACE,
 }
 """The errors that a call gives on some file system. The others are tried too, but each once a call and scenario."""
-SHORT = {"write": "write", "read": "read", "preadv": "preadv", "preadv2": "preadv"}
+SHORT = {
+    "write": "write",
+    "pwritev": "pwritev",
+    "pwritev2": "pwritev",
+    "read": "read",
+    "preadv": "preadv",
+    "preadv2": "preadv",
+}
 """System calls that may do less than they are asked to, and who makes them in ``os``."""
 EINTR_RUN = 20
 """How often in a row a call is interrupted. For ever, the interpreter itself would try again for ever."""
@@ -310,7 +320,7 @@ class Synced:
             self._new_names.add(path)
         elif call.name in ("mkdir", "mkdirat"):
             self._new_names.add(path)
-        elif call.name == "write":
+        elif call.name in ("write", "pwritev", "pwritev2", "ftruncate", "fallocate"):
             self._files[path] = "was written to after its last fsync"
         elif call.name == "fsync":
             self._complain_of(path, "is synced again")
@@ -518,6 +528,13 @@ def traced(thread: int, point: Point | None, log: Path) -> Iterator[None]:
         yield
 
 
+def use_small_buffers() -> None:
+    """So that the packs of tiny states are written by direct I/O, in several calls each. File systems in memory take
+    blocks of any size."""
+    transfers.BLOCK_BYTES = transfers.DIRECT_BYTES_MIN = 128
+    transfers.BUFFER_BYTES = 2 * transfers.BLOCK_BYTES
+
+
 def without_reports(ended: Ended) -> list[Call]:
     return [call for call in parsed(ended.log) if call.name != "sendto"]
 
@@ -551,6 +568,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("fastckpt").setLevel(logging.CRITICAL)
     save.STREAMS = 1
+    use_small_buffers()
     scenario = next(scenario for scenario in SCENARIOS if scenario.name == given.scenario)
     disturber = Disturber(scenario, given.directory)
     calls = disturber.calls()
@@ -562,6 +580,7 @@ def main() -> None:
     else:
         runs = [[point] for point in fault_points(calls, given.seed, given.count)]
     seen = disturber.run_all(runs)
+    seen["direct"] = sum(call.name == "fcntl" and "O_DIRECT" in call.arguments for call in calls)
     seen["cpu seconds"] = round(sum(os.times()[:4]), 1)
     print(json.dumps(seen))
 

@@ -547,8 +547,8 @@ def packs_never_finished(patch: pytest.MonkeyPatch) -> Wrap:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._store, name)
 
-        def write(self, name: str) -> ObjectWriter:
-            return Unfinished(self._store.write(name))
+        def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
+            return Unfinished(self._store.write(name, bytes_expected=bytes_expected))
 
     return lambda store: Careless(store)  # type: ignore[return-value]
 

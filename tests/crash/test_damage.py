@@ -105,7 +105,7 @@ class FrozenStore:
     def create(self, name: str, data: object) -> NoReturn:
         raise AssertionError("reading does not write")
 
-    def write(self, name: str) -> NoReturn:
+    def write(self, name: str, *, bytes_expected: int = 0) -> NoReturn:
         raise AssertionError("reading does not write")
 
     def delete(self, name: str) -> NoReturn:

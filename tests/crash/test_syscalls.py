@@ -19,7 +19,7 @@ from tests.crash.scenarios import SCENARIOS
 from tests.crash.syscalls import ERRORS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAIRS, FAULTS = 100, 320
+PAIRS, FAULTS = 100, 360
 """A scenario."""
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # it forks
 
@@ -78,7 +78,10 @@ def test_a_job_killed_before_any_system_call_that_changes_something_loses_nothin
     assert seen["runs"] >= 50
     assert not seen["not reached"]
     # Every way of changing something that a save has.
-    assert {"openat", "write", "fsync", "close", "linkat", "unlinkat", "mkdirat", "ftruncate"} <= set(seen["calls"])
+    calls = set(seen["calls"])
+    assert {"openat", "write", "fsync", "close", "linkat", "unlinkat", "mkdirat", "ftruncate"} <= calls
+    assert {"pwritev", "pwritev2"} & calls
+    assert seen["direct"], "no pack was written by direct I/O"
 
 
 @each_scenario

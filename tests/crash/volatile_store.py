@@ -92,9 +92,9 @@ class VolatileStore:
             self._memory.create(name, data)
             self._enter(Logged("create", name, bytes(data)))
 
-    def write(self, name: str) -> ObjectWriter:
+    def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
         with self._lock:
-            writer = self._memory.write(name)
+            writer = self._memory.write(name, bytes_expected=bytes_expected)
             self._enter(Logged("write", name))
             self._let_others_go_first()
         return _VolatileWriter(self, name, writer)

@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastckpt import Checkpointer, Options
-from fastckpt.job.state import describe
+from fastckpt.job.state import Describer
 
 pytestmark = pytest.mark.distributed
 
@@ -321,7 +321,7 @@ def refused(url: str) -> None:
         held = next(each for each in model.parameters() if each.numel())
         held.data = held.data.clone()
         with pytest.raises(ValueError, match="was given another tensor"):
-            describe({"model": model})
+            Describer().describe({"model": model})
         model = make(False)
         optimizer = torch.optim.SGD(model.parameters())
         for each in model.parameters():
@@ -331,7 +331,7 @@ def refused(url: str) -> None:
         gaps = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
         gaps[0].weight = nn.Parameter(torch.rand(3, 4)[:, ::2])
         with pytest.raises(ValueError, match=r"model.0.weight: a parameter of shape .* has gaps"):
-            describe({"model": wrapped(gaps, [], None)})
+            Describer().describe({"model": wrapped(gaps, [], None)})
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
         parallel = parallelize_module(nn.Sequential(nn.Linear(3, 4)), mesh["tp"], {"0": ColwiseParallel()})
         parallel = wrapped(parallel, [], mesh["dp"], use_orig_params=True)
@@ -356,8 +356,8 @@ def known_equal() -> dict[str, tuple[int, ...]]:
     }
     found = {}
     for kind, model in made.items():
-        (among,) = {held.among for held in describe({"model": model}).held.values()}
-        found[kind] = among
+        (among,) = Describer().describe({"model": model}).outline.offer.groups
+        found[kind] = tuple(among)
     return found
 
 

@@ -32,8 +32,8 @@ from fastckpt import save as save_flow
 from fastckpt.job import group as job_groups
 from fastckpt.job.staging import Staging
 from fastckpt.repository import verify
+from fastckpt.repository.chunk_reader import ChunkReader
 from fastckpt.repository.history import History
-from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.writer import Committer, PackStream
 
@@ -149,8 +149,8 @@ RESTORE_PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "after its word on the choice": lambda happen: after_posting("restore-1/choose", happen),
     "before it plans": lambda happen: before(Checkpointer, "_targets", happen),
     "after its word on the plan": lambda happen: after_posting("restore-1/plan", happen),
-    "before it reads": lambda happen: before(Snapshot, "_read_run", happen),
-    "with a chunk in place": lambda happen: after(Snapshot, "_deliver", happen),
+    "before it reads": lambda happen: before(ChunkReader, "_fetch", happen),
+    "with a chunk in place": lambda happen: after(ChunkReader, "_deliver", happen),
     "with all in place": lambda happen: after(Checkpointer, "_read", happen),
     "after its word on the reading": lambda happen: after_posting("restore-1/read", happen),
 }

@@ -116,25 +116,25 @@ def check_coordinator_is_judged_everywhere(judged: Judged) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_job_of_one_rank_killed_anywhere_goes_on_from_the_newest_snapshot_to_the_same_weights(tmp_path: Path) -> None:
-    judged = judge(tmp_path / "work", points_max=13, modes="before,torn,term")
+    judged = judge(tmp_path / "work", points_max=10, modes="before,torn,term")
     check_coordinator_is_judged_everywhere(judged)
-    assert judged.hit("before") + judged.hit("term") >= 8
+    assert judged.hit("before") + judged.hit("term") >= 6
     assert judged.verdicts == {"PASS"}
 
 
 @pytest.mark.timeout(900)
 def test_a_job_of_two_ranks_whose_coordinator_is_killed_goes_on_from_the_newest_snapshot(tmp_path: Path) -> None:
-    judged = judge(tmp_path / "work", points_max=4, ranks=2)
+    judged = judge(tmp_path / "work", points_max=3, ranks=2)
     check_coordinator_is_judged_everywhere(judged)
-    assert judged.hit("before") >= 3
+    assert judged.hit("before") >= 2
     assert judged.verdicts == {"PASS"}
 
 
 @pytest.mark.timeout(900)
 def test_a_job_of_two_ranks_whose_other_rank_is_killed_goes_on_from_the_newest_snapshot(tmp_path: Path) -> None:
-    judged = judge(tmp_path / "work", points_max=3, ranks=2, crash_rank=1)
+    judged = judge(tmp_path / "work", points_max=2, ranks=2, crash_rank=1)
     assert sum(name.endswith(".pack") for name in judged.events) >= STEPS
-    assert judged.hit("before") >= 2
+    assert judged.hit("before") >= 1
     assert judged.verdicts == {"PASS"}
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 import mmap
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastckpt.buffers import Pool
+from fastckpt.buffers import Pool, Slot, address, in_pages
 from fastckpt.errors import AttemptAborted
 from fastckpt.testing import ThreadGroup
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memfd and madvise are Linux's")
-
-
-def address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def test_slots_are_page_aligned_writable_and_apart() -> None:
@@ -31,10 +30,10 @@ def test_slots_are_page_aligned_writable_and_apart() -> None:
     for slot in slots:
         assert len(slot.view) == pool.slot_bytes
         assert address(slot.view) % mmap.PAGESIZE == 0
-        slot.view[:] = bytes([slot.number]) * pool.slot_bytes
-    assert sorted(slot.number for slot in slots) == [0, 1, 2]
+        slot.view[:] = bytes([slot.start // pool.slot_bytes]) * pool.slot_bytes
+    assert sorted(slot.start // pool.slot_bytes for slot in slots) == [0, 1, 2]
     for slot in slots:
-        assert bytes(slot.view) == bytes([slot.number]) * pool.slot_bytes
+        assert bytes(slot.view) == bytes([slot.start // pool.slot_bytes]) * pool.slot_bytes
 
 
 def test_a_slot_that_was_given_back_is_used_again_and_its_view_is_dead() -> None:
@@ -57,7 +56,7 @@ def test_whoever_waits_gets_the_slot_that_is_given_back() -> None:
     pool = Pool(100, 1)
     first = pool.take()
     taken: list[int] = []
-    waiter = threading.Thread(target=lambda: taken.append(pool.take().number), daemon=True)
+    waiter = threading.Thread(target=lambda: taken.append(pool.take().start), daemon=True)
     waiter.start()
     assert taken == []
     pool.give(first)
@@ -89,7 +88,7 @@ def test_a_cancelled_pool_can_be_used_again_once_all_slots_are_back() -> None:
         pool.reset()
     pool.give(slots[1])
     pool.reset()
-    assert {pool.take().number, pool.take().number} == {0, 1}
+    assert {pool.take().start, pool.take().start} == {0, pool.slot_bytes}
 
 
 def test_threads_never_hold_the_same_slot() -> None:
@@ -159,3 +158,53 @@ def test_the_descriptor_is_closed_at_once() -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 1
     pool.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5 * mmap.PAGESIZE)), max_size=60))
+def test_buffers_of_any_size_are_apart_and_what_is_given_back_becomes_one_again(steps: list[tuple[bool, int]]) -> None:
+    pool = Pool(16 * mmap.PAGESIZE)
+    taken: list[Slot] = []
+    for give, size in steps:
+        if give and taken:
+            pool.give(taken.pop(size % len(taken)))
+        elif (slot := pool.try_take(size)) is not None:
+            assert len(slot.view) == size
+            assert address(slot.view) % mmap.PAGESIZE == 0
+            taken.append(slot)
+        runs = sorted((slot.start, slot.start + in_pages(len(slot.view))) for slot in taken)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise([(0, 0), *runs, (pool.bytes, 0)]))
+    free = pool.bytes - sum(in_pages(len(slot.view)) for slot in taken)
+    for slot in taken:
+        pool.give(slot)
+    assert free >= 0
+    pool.reset()  # asserts that it is one free run
+    pool.close()
+
+
+def faults_of_writing(pool: Pool) -> int:
+    slot = pool.take()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for at in range(0, len(slot.view), mmap.PAGESIZE):
+        slot.view[at] = 1
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    pool.give(slot)
+    return faults
+
+
+@linux
+def test_faulting_has_all_memory_backed_and_changes_nothing_in_it() -> None:
+    assert faults_of_writing(Pool(64 * mmap.PAGESIZE)) >= 60
+    pool = Pool(64 * mmap.PAGESIZE)
+    slot = pool.take(3)
+    slot.view[:] = b"abc"
+    pool.fault(lambda: False)
+    assert bytes(slot.view) == b"abc"
+    pool.give(slot)
+    assert faults_of_writing(pool) <= 8
+
+
+def test_faulting_stops_when_it_is_enough() -> None:
+    pool = Pool(mmap.PAGESIZE)
+    asked: list[None] = []
+    pool.fault(lambda: asked.append(None) or True)  # type: ignore[func-returns-value]
+    assert len(asked) == 1

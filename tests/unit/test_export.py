@@ -25,7 +25,7 @@ from fastckpt.format.shard import Box
 from fastckpt.group import SoloGroup
 from fastckpt.options import Options
 from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer
-from fastckpt.repository import reader
+from fastckpt.repository import chunk_reader
 from fastckpt.repository.export import DTYPES, plan_file, runs, write_file
 from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.repository import Repository
@@ -82,8 +82,8 @@ class ArraySource:
 def saved(path: Path, held: Held) -> Snapshot:
     store = LocalStore(path / "repository")
     saves = Saves(store, SoloGroup(), Options(chunk_bytes=CHUNK_BYTES, codec="zstd"))
-    pool = Pool(CHUNK_BYTES, 4)
-    attempt = saves.agree(3, held)
+    pool = Pool(2 * CHUNK_BYTES, 4)
+    attempt = saves.agree(3, held, Trace())
     saves.commit(attempt, saves.write(attempt, held, pool, Trace(), lambda: None), {}, Labels(), Trace())
     pool.close()
     return Repository(store).snapshot()
@@ -242,7 +242,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytes
     size = 64 * 1024 * 1024
     array = np.ones((size // 4096, 4096), "uint8")
     snapshot = saved(tmp_path, Held({"w": array}, {"w": [Box((0, 0), (len(array), 4096))]}))
-    monkeypatch.setattr(reader, "READ_BYTES_MAX", 1024 * 1024)
+    monkeypatch.setattr(chunk_reader, "READ_BYTES_MAX", 1024 * 1024)
     plan = plan_file(snapshot)
     tracemalloc.start()
     try:

@@ -128,7 +128,7 @@ def test_what_the_leader_raises_is_raised_on_all_members() -> None:
 
 @pytest.mark.parametrize("missing", [[2], [1, 3]], ids=str)
 def test_missing_members_are_named_on_every_other_rank(missing: list[int]) -> None:
-    ranks = ThreadGroup(4)
+    ranks = ThreadGroup(4, seconds_max=20.0)
     present = [rank for rank in range(4) if rank not in missing]
 
     def work(group: Group) -> bytes:

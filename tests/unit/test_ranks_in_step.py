@@ -188,16 +188,16 @@ def test_where_one_rank_cannot_read_and_another_finds_damage_none_goes_back_alon
                 ckpt.save(step, {"w": torch.full((5000,), float(step))}).wait()
 
     ranks.run(save)
-    read_into = Snapshot.read_into
+    read_chunks = Snapshot.read_chunks
 
     def failing(snapshot: Snapshot, *arguments: Any) -> None:
         if snapshot.step == 2 and ranks._here.group.rank == 0:
             raise StorageError("the network is down", transient=True)
         if snapshot.step == 2:
             raise SnapshotDamaged("a chunk of it is damaged", key="w")
-        read_into(snapshot, *arguments)
+        read_chunks(snapshot, *arguments)
 
-    monkeypatch.setattr(Snapshot, "read_into", failing)
+    monkeypatch.setattr(Snapshot, "read_chunks", failing)
 
     def restore(_: int) -> tuple[BaseException | None, list[float]]:
         state = {"w": torch.zeros(5000)}
@@ -221,14 +221,14 @@ def test_where_every_rank_finds_damage_all_go_back_together(
                 ckpt.save(step, {"w": torch.full((5000,), float(step))}).wait()
 
     ranks.run(save)
-    read_into = Snapshot.read_into
+    read_chunks = Snapshot.read_chunks
 
     def failing(snapshot: Snapshot, *arguments: Any) -> None:
         if snapshot.step == 2 and ranks._here.group.rank == 1:
             raise SnapshotDamaged("a chunk of it is damaged", key="w")
-        read_into(snapshot, *arguments)
+        read_chunks(snapshot, *arguments)
 
-    monkeypatch.setattr(Snapshot, "read_into", failing)
+    monkeypatch.setattr(Snapshot, "read_chunks", failing)
 
     def restore(_: int) -> tuple[int | None, list[float]]:
         state = {"w": torch.zeros(5000)}

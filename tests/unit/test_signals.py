@@ -38,14 +38,15 @@ def _all_is_as_it_was() -> Iterator[None]:
         wakeup = signal.set_wakeup_fd(-1)
         signal.set_wakeup_fd(wakeup)
         numbers = (*BOTH, signal.SIGUSR2, signal.SIGINT)
-        return [wakeup, *map(signal.getsignal, numbers), *map(action, numbers), set(os.listdir("/proc/self/fd"))]
+        return [wakeup, *map(signal.getsignal, numbers), *map(action, numbers)]
 
-    before = now()
+    before, open_before = now(), set(os.listdir("/proc/self/fd"))
     yield
     until = time.monotonic() + SECONDS
     while readers() and time.monotonic() < until:
         time.sleep(0.001)
     assert now() == before
+    assert set(os.listdir("/proc/self/fd")) <= open_before  # of other tests', some may be closed meanwhile
 
 
 def readers() -> list[threading.Thread]:

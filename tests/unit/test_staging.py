@@ -38,8 +38,8 @@ class GatedStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
-    def write(self, name: str) -> ObjectWriter:
-        return GatedWriter(self.store.write(name), self)
+    def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
+        return GatedWriter(self.store.write(name, bytes_expected=bytes_expected), self)
 
 
 class GatedWriter:

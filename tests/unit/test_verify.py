@@ -18,7 +18,7 @@ from fastckpt.format.shard import Box
 from fastckpt.group import Group, SoloGroup
 from fastckpt.options import Options
 from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer
-from fastckpt.repository.reader import READ_THREADS
+from fastckpt.repository.chunk_reader import READ_THREADS
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.verify import Damage, Progress, readable_snapshots, strays, verify
 from fastckpt.save import Attempt, Labels, Saves, offer_digest
@@ -68,8 +68,8 @@ class ArraySource:
 
 def save(store: Store, step: int, held: Held, group: Group | None = None, codec: Any = "raw") -> Attempt:
     saves = Saves(store, group or SoloGroup(), Options(chunk_bytes=CHUNK_BYTES, codec=codec, commit_seconds_max=30))
-    pool = Pool(CHUNK_BYTES, 4)
-    attempt = saves.agree(step, held)
+    pool = Pool(2 * CHUNK_BYTES, 4)
+    attempt = saves.agree(step, held, Trace())
     writer = saves.write(attempt, held, pool, Trace(), lambda: None)
     saves.commit(attempt, writer, held.values, Labels(), Trace())
     pool.close()

@@ -100,7 +100,8 @@ def test_a_save_without_memory_to_stage_in_leaves_the_snapshot_before_whole(
         model(torch.randn(1, 50)).sum().backward()
         optimizer.step()
         with monkeypatch.context() as patched:
-            patched.setattr(front, "Pool", no_memory)
+            patched.setattr("fastckpt.job.memory.Pool", no_memory)
+            ckpt._memory.close()
             with pytest.raises((SaveError, OSError, MemoryError), match="memory"):
                 ckpt.save(2, {"model": model, "optimizer": optimizer}).wait(SECONDS)
         repository = fastckpt.open(url)
@@ -146,10 +147,10 @@ class HangingStore:
         self._store = store
         self._gate = gate
 
-    def write(self, name: str) -> ObjectWriter:
+    def write(self, name: str, *, bytes_expected: int = 0) -> ObjectWriter:
         if name.startswith("packs/"):
             self._gate.pass_through()
-        return self._store.write(name)
+        return self._store.write(name, bytes_expected=bytes_expected)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -234,7 +235,7 @@ def test_copies_are_let_go_of_once_the_save_is_committed(url: str, gate: Gate) -
         pending = ckpt.save(1, {"model": model, "mean": torch.ones(3000)})
         assert ckpt._staging is not None
         staging = weakref.ref(ckpt._staging)
-        copies = [weakref.ref(tensor) for tensor in ckpt._staging._live.values()]
+        copies = [weakref.ref(tensor) for tensor in ckpt._staging._views]
         assert len(copies) == 3
         gate.open()
         pending.wait(SECONDS)

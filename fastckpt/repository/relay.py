@@ -1,0 +1,364 @@
+"""What the ranks of a node read for each other: a byte that several of them want comes from storage once.
+
+agree  one exchange: each says which chunks it wants; the leader deals out those that several want
+map    each maps the memory of the others; if one cannot, none does, and each reads all that it wants
+pass   a reader verifies a run in a slot of its memory, and writes its number beside it; each other rank that wants the
+       run copies it out and writes that number into its own memory; when all have, the slot is free
+
+A rank writes to its own memory alone, so that none can harm another by being slow, stopped or late: a slot that someone
+is copying from is not filled again. Nothing can deadlock: who finds a run copies it out without waiting for anything,
+and workers look for such runs before all else; so every slot becomes free, and every reader can go on.
+
+Only ranks of one user and one job meet here. A token, drawn anew each time, tells that what was mapped is what was
+meant: process ids are not the same everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import msgspec
+
+from fastckpt.buffers import in_pages, map_shared
+from fastckpt.errors import CommitTimeout, RankFailed
+from fastckpt.group import Deadline, Decide, Group, Reply, checked, missing_ranks_error
+from fastckpt.plan.relay_plan import Portion, Wanted, plan_relay, wanted
+from fastckpt.plan.restore_plan import Want
+from fastckpt.repository.chunk_reader import READ_BYTES_MAX, Passed, Passing, PlacedChunk, Run, runs_of
+from fastckpt.repository.reader import Snapshot
+from fastckpt.storage.store import BLOCK_BYTES
+
+log = logging.getLogger("fastckpt")
+
+MEMORY_BYTES_MAX = 64 * 1024 * 1024
+"""Of one rank's slots, unless ``SLOTS_MIN`` of them take more."""
+SLOTS_MIN = 4
+WAIT_SHARE = 0.85
+"""Of ``commit_seconds_max``: storage that is silent is given up earlier, and whoever waits for the end of the restore
+waits longer, so that each can say what is wrong."""
+ANSWER_SHARE = 0.95
+
+_NAME = "fastckpt-relay"
+# The words of a rank's memory: behind the token these two, then the numbers of the runs in its slots, and for each rank
+# of the node the numbers of the runs that were taken from the slots of that one.
+_TOKEN_BYTES = 16
+_GAVE_UP, _BEAT, _SLOTS = 2, 3, 4
+_WORD_BYTES = 8
+_FINISHED = 2**64 - 1
+
+
+class _Offer(msgspec.Struct, array_like=True, frozen=True):
+    """What a rank wants, and how others come to its memory."""
+
+    wanted: Wanted
+    process: int
+    descriptor: int
+    token: bytes
+    problem: str
+    """Why it has no memory, if it has none."""
+
+
+class _Answer(msgspec.Struct, array_like=True, frozen=True):
+    portions: list[Portion]
+    memories: dict[int, tuple[int, int, bytes]]
+    """For each rank: process, descriptor, token."""
+    problem: str
+
+
+class _Memory:
+    """One rank's memory, as mapped here."""
+
+    def __init__(self, descriptor: int, shape: _Shape) -> None:
+        self._shape = shape
+        self._map = map_shared(descriptor, shape.bytes)
+        self._view = memoryview(self._map)
+        self.words = self._view[: shape.words * _WORD_BYTES].cast("Q")
+
+    @property
+    def token(self) -> bytes:
+        return bytes(self._view[:_TOKEN_BYTES])
+
+    def write_token(self, token: bytes) -> None:
+        self._view[:_TOKEN_BYTES] = token
+
+    def slot(self, number: int) -> memoryview:
+        start = in_pages(self._shape.words * _WORD_BYTES) + number * self._shape.slot_bytes
+        return self._view[start : start + self._shape.slot_bytes]
+
+    def close(self) -> None:
+        self.words.release()
+        self._view.release()
+        with contextlib.suppress(BufferError):  # a call that was left behind holds a slot; the rest goes with that
+            self._map.close()
+
+
+class _Shape:
+    """How every rank's memory is laid out."""
+
+    def __init__(self, chunk_bytes: int, members: int) -> None:
+        # The most that a chunk may take, as stored: see ``format/tables``.
+        largest = max(READ_BYTES_MAX, chunk_bytes + chunk_bytes // 128 + 1024)
+        self.slot_bytes = in_pages(largest + BLOCK_BYTES - 1)
+        self.slots = max(SLOTS_MIN, MEMORY_BYTES_MAX // self.slot_bytes)
+        self.words = _SLOTS + self.slots * (1 + members)
+        self.bytes = in_pages(self.words * _WORD_BYTES) + self.slots * self.slot_bytes
+
+    def taken(self, member: int, slot: int) -> int:
+        """The word for what was taken from a slot of the n-th rank of the node."""
+        return _SLOTS + self.slots * (1 + member) + slot
+
+
+class NodeRelay:
+    """The ``Relay`` of one rank of a node."""
+
+    def __init__(
+        self,
+        members: Sequence[int],
+        rank: int,
+        shape: _Shape,
+        memories: Mapping[int, _Memory],
+        runs: Iterable[tuple[int, Portion, Run]],
+        seconds_max: float,
+    ) -> None:
+        """``runs``: numbers, from 1 on, and all that this rank is to pass on or is passed."""
+        self.seconds_max = seconds_max
+        self._rank = rank
+        self._shape = shape
+        self._own = memories[rank]
+        self._peers = {peer: memory for peer, memory in memories.items() if peer != rank}
+        self._member = {member: number for number, member in enumerate(members)}
+        self._to_pass: deque[tuple[int, Run]] = deque()
+        self._takers: dict[int, list[int]] = {}
+        """For each run of this rank, the others that want it."""
+        self._expected: dict[int, dict[int, Run]] = {}
+        """For each other rank, the runs that are to come from it."""
+        for number, portion, run in runs:
+            if portion.reader == rank:
+                self._to_pass.append((number, run))
+                self._takers[number] = [taker for taker in portion.ranks if taker != rank]
+            else:
+                self._expected.setdefault(portion.reader, {})[number] = run
+        self.passing_runs: Sequence[Run] = [run for _, run in self._to_pass]
+        self.passed_count = sum(map(len, self._expected.values()))
+        self._in_slot = [0] * shape.slots
+        """The run in each slot of this rank; 0 once there was none."""
+        self._in_use = [False] * shape.slots
+        """Whether this rank itself needs what is in the slot still."""
+        self._beats: dict[int, int] = {}
+        """Of each other rank, as seen when there was last something to do."""
+        self._note_beats()
+
+    def next(self) -> Passed | Passing | None:
+        self._own.words[_BEAT] += 1
+        for peer in self._peers.values():
+            if blamed := peer.words[_GAVE_UP]:
+                raise CommitTimeout(f"rank {blamed - 1} does not go on with the restore", [blamed - 1])
+        task = self._published() or self._fillable()
+        if task is not None:
+            self._note_beats()
+        return task
+
+    def _published(self) -> Passed | None:
+        for reader, expected in self._expected.items():
+            words = self._peers[reader].words
+            for slot in range(self._shape.slots if expected else 0):
+                number = words[_SLOTS + slot]
+                if (run := expected.pop(number, None)) is not None:
+                    return Passed(reader, slot, number, run, self._peers[reader].slot(slot))
+        return None
+
+    def _fillable(self) -> Passing | None:
+        free = next(filter(self._is_free, range(self._shape.slots)), None) if self._to_pass else None
+        if free is None:
+            return None
+        number, run = self._to_pass.popleft()
+        self._in_slot[free], self._in_use[free] = number, True
+        return Passing(free, number, run, self._own.slot(free))
+
+    def _is_free(self, slot: int) -> bool:
+        return not self._in_use[slot] and not self._not_taken(slot)
+
+    def _not_taken(self, slot: int) -> list[int]:
+        """The ranks that have not yet taken what is in a slot."""
+        number, word = self._in_slot[slot], self._shape.taken(self._member[self._rank], slot)
+        return [taker for taker in self._takers.get(number, ()) if self._peers[taker].words[word] != number]
+
+    @property
+    def finished(self) -> bool:
+        return not self._to_pass and not any(self._expected.values())
+
+    # Between the bytes of a slot and a word about them, each side gives and takes a lock, the interpreter's at least:
+    # that orders them for other processors too.
+
+    def publish(self, task: Passing) -> None:
+        self._own.words[_SLOTS + task.slot] = task.number
+
+    def done(self, task: Passed | Passing) -> None:
+        if isinstance(task, Passing):
+            self._in_use[task.slot] = False
+        else:
+            self._own.words[self._shape.taken(self._member[task.reader], task.slot)] = task.number
+
+    def _note_beats(self) -> None:
+        self._beats = {rank: peer.words[_BEAT] for rank, peer in self._peers.items()}
+
+    def raise_late(self) -> None:
+        # Of those that are waited for some may themselves be waiting, for one of which there was no sign of life.
+        silent = {rank for rank, beat in self._beats.items() if self._peers[rank].words[_BEAT] == beat != _FINISHED}
+        awaited = {rank for rank, expected in self._expected.items() if expected}
+        awaited |= {rank for slot in range(self._shape.slots) for rank in self._not_taken(slot)}
+        raise missing_ranks_error(sorted(silent or awaited), "what the ranks of a node read for each other")
+
+    def give_up(self, error: BaseException) -> None:
+        blamed = error.missing_ranks[0] if isinstance(error, CommitTimeout) and error.missing_ranks else self._rank
+        self._own.words[_GAVE_UP] = 1 + blamed
+
+    def finish(self) -> None:
+        """Nobody need wait for a sign of life of this rank any more."""
+        self._own.words[_BEAT] = _FINISHED
+
+
+@contextlib.contextmanager
+def relayed(
+    group: Group, members: Sequence[int], name: str, snapshot: Snapshot, wants: Sequence[Want], seconds_max: float
+) -> Iterator[tuple[list[PlacedChunk], NodeRelay | None]]:
+    """What this rank is to read for itself alone, and its part in what the ranks of its node, ``members``, read for
+    each other, if they do: for ``Snapshot.read_chunks``, within the block. All of them come here, with the same
+    ``name``; they exchange once, and once more if there is anything to share. An error in the block is told to the
+    others.
+
+    What keeps this rank from planning is raised here; ``CommitTimeout`` if another is kept from it or does not come.
+    ``seconds_max`` is ``Options.commit_seconds_max``.
+    """
+    if len(members) == 1:
+        with snapshot.trace.span("plan"):
+            chunks = snapshot.plan(wants)
+        yield chunks, None
+        return
+    with contextlib.ExitStack() as stack:
+        failure: Exception | None = None
+        line: Reply
+        try:
+            with snapshot.trace.span("plan"):
+                chunks = snapshot.plan(wants)
+            shape = _Shape(snapshot.layout.chunk_bytes, len(members))
+            said = wanted([chunk.read.chunk for chunk in chunks], sum(chunk.read.raw_bytes for chunk in chunks))
+            own, offer = _own_memory(shape, said, stack)
+            line = msgspec.msgpack.encode(offer)
+        except Exception as error:
+            line = failure = error
+
+        def deal(replies: dict[int, Reply]) -> bytes:
+            offers = {rank: msgspec.msgpack.decode(data, type=_Offer) for rank, data in checked(replies).items()}
+            portions = plan_relay({rank: offer.wanted for rank, offer in offers.items()}, snapshot.chunks.sizes)
+            problems = (f"rank {rank}: {offer.problem}" for rank, offer in offers.items() if offer.problem)
+            memories = {rank: (offer.process, offer.descriptor, offer.token) for rank, offer in offers.items()}
+            return msgspec.msgpack.encode(_Answer(portions, memories if portions else {}, next(problems, "")))
+
+        def exchange(what: str, reply: Reply, decide: Decide) -> bytes:
+            now = time.monotonic()
+            until = Deadline(now + seconds_max * WAIT_SHARE, now + seconds_max * ANSWER_SHARE)
+            return group.exchange(
+                f"{name}/{what}", reply, decide, members=members, until=until, what="the ranks of a node to restore"
+            )
+
+        try:
+            answer = msgspec.msgpack.decode(exchange("wanted", line, deal), type=_Answer)
+        except (RankFailed, CommitTimeout) as error:
+            if failure is not None:
+                raise failure from None
+            if isinstance(error, RankFailed):
+                raise CommitTimeout(str(error), sorted(error.failures)) from error
+            raise
+        relay: NodeRelay | None = None
+        if answer.portions:
+            problem = answer.problem
+            memories: dict[int, _Memory] = {}
+            if not problem and own is not None:
+                problem, memories = _mapped(answer, group.rank, own, shape, stack)
+
+            def first_problem(replies: dict[int, Reply]) -> bytes:
+                return next(filter(None, checked(replies).values()), b"")
+
+            problem = exchange("mapped", problem.encode(), first_problem).decode()
+            if problem and group.rank == members[0]:
+                log.info(
+                    "step %d: each rank of this node reads all that it wants, since they cannot share memory: %s",
+                    snapshot.step,
+                    problem,
+                )
+            if not problem:
+                chunks, runs = _dealt(chunks, answer.portions, group.rank)
+                relay = NodeRelay(members, group.rank, shape, memories, runs, seconds_max * WAIT_SHARE)
+        try:
+            yield chunks, relay
+        except BaseException as error:
+            if relay is not None:
+                relay.give_up(error)
+            raise
+        if relay is not None:
+            relay.finish()
+
+
+def _dealt(
+    chunks: Sequence[PlacedChunk], portions: Sequence[Portion], rank: int
+) -> tuple[list[PlacedChunk], list[tuple[int, Portion, Run]]]:
+    """What this rank alone wants, and the runs that go through its hands, numbered as all ranks number them."""
+    by_number = {chunk.read.chunk: chunk for chunk in chunks}
+    runs = []
+    for position, portion in enumerate(portions):
+        if rank in portion.ranks:
+            mine = [by_number.pop(number) for start, stop in portion.runs for number in range(start, stop)]
+            runs += [((position << 32) + at, portion, run) for at, run in enumerate(runs_of(mine), 1)]
+    return list(by_number.values()), runs
+
+
+def _own_memory(shape: _Shape, said: Wanted, stack: contextlib.ExitStack) -> tuple[_Memory | None, _Offer]:
+    """This rank's memory, of which nothing is used until something is written to it."""
+    try:
+        if not hasattr(os, "memfd_create"):  # not Linux
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        stack.callback(os.close, descriptor)
+        os.ftruncate(descriptor, shape.bytes)
+        memory = _Memory(descriptor, shape)
+    except OSError as error:
+        return None, _Offer(said, 0, 0, b"", str(error))
+    stack.callback(memory.close)
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    memory.write_token(token)
+    return memory, _Offer(said, os.getpid(), descriptor, token, "")
+
+
+def _mapped(
+    answer: _Answer, rank: int, own: _Memory, shape: _Shape, stack: contextlib.ExitStack
+) -> tuple[str, dict[int, _Memory]]:
+    """The memory of every rank that shares something, by rank; or why not all of them can be mapped."""
+    memories = {rank: own}
+    for peer in sorted({one for portion in answer.portions for one in portion.ranks} - {rank}):
+        process, number, token = answer.memories[peer]
+        path = f"/proc/{process}/fd/{number}"
+        try:
+            # Looked at first: to open what someone else has under this number could do anything.
+            if not os.readlink(path).startswith(f"/memfd:{_NAME} "):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            # To be written to as well: torch takes no buffer that is not. Nothing writes.
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                memory = _Memory(descriptor, shape)
+            finally:
+                os.close(descriptor)
+            stack.callback(memory.close)
+            if memory.token != token:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except (OSError, ValueError) as error:  # ValueError: it is smaller
+            return f"rank {rank} cannot map the memory of rank {peer}: {error}", {}
+        memories[peer] = memory
+    return "", memories
