@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastckpt
@@ -36,6 +38,17 @@ def test_the_callback_of_the_readme_saves_and_resumes(tmp_path: Path) -> None:
     assert snapshot.metrics == {"loss": 0.5}
 
 
+def test_the_timelines_of_the_readme_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with fastckpt.Checkpointer(tmp_path / "run") as ckpt:
+        pending = ckpt.save(1, {"model": torch.nn.Linear(4, 4)})
+        pending.wait()
+    names: dict[str, object] = {"pending": pending, "rank": 0, "json": json, "Path": Path}
+    for names["rank"] in (0, 1):
+        exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    assert names["events"] == pending.timeline()["traceEvents"] * 2
+
+
 def test_the_restores_of_the_readme_run(tmp_path: Path) -> None:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 16)])
@@ -47,7 +60,7 @@ def test_the_restores_of_the_readme_run(tmp_path: Path) -> None:
     with fastckpt.Checkpointer((tmp_path / "run").as_uri()) as ckpt:
         ckpt.save(500, state)
         names = {"ckpt": ckpt, "state": state, "model": model, "fastckpt": fastckpt}
-        lines = BLOCKS[2].splitlines()
+        lines = BLOCKS[3].splitlines()
         (rename,) = (line for line in lines if "rename=" in line)
         run("\n".join(line for line in lines if line is not rename), tmp_path, names)
         exec(compile(rename, "README.md", "exec"), {"ckpt": ckpt, "model": renamed})
