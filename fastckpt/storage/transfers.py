@@ -16,8 +16,7 @@ import os
 import threading
 from contextlib import suppress
 
-import numpy as np
-
+from fastckpt.buffers import address
 from fastckpt.storage.store import BLOCK_BYTES, Bytes
 
 log = logging.getLogger("fastckpt")
@@ -55,18 +54,25 @@ class Transfers:
         buffer = self.take_buffer() if direct else memoryview(b"")
         try:
             while content:
+                wanted = len(content)
                 try:
-                    count = _read_blocks(file, offset, content, buffer) if direct else _read(file, offset, content)
+                    if direct:
+                        count, wanted = _read_blocks(file, offset, content, buffer)
+                    else:
+                        count = os.preadv(file, [content], offset)
                 except OSError as error:
                     if not direct or error.errno not in _NOT_DIRECT:
                         raise
                     self.refuse_direct(file, error)
                     direct = False
                     continue
-                if count <= 0:
-                    raise OSError(f"it was cut to {offset} bytes while being read")
                 if direct:
                     self.direct_worked()
+                    if count < wanted:  # and may be so again inside this block: the page cache gives what there is
+                        self.stop_direct(file)
+                        direct, count = False, max(count, 0)
+                elif not count:
+                    raise OSError(f"it was cut to {offset} bytes while being read")
                 content = content[count:]
                 offset += count
         finally:
@@ -261,13 +267,10 @@ class FileAppender:
             self._started = self._written
 
 
-def _read(file: int, offset: int, content: memoryview) -> int:
-    return os.preadv(file, [content], offset)
-
-
-def _read_blocks(file: int, offset: int, content: memoryview, buffer: memoryview) -> int:
-    """As ``_read``, in whole blocks. The first and the last, if not wanted whole, pass through the buffer; where
-    ``content`` lies otherwise than the file, all do."""
+def _read_blocks(file: int, offset: int, content: memoryview, buffer: memoryview) -> tuple[int, int]:
+    """Reads in whole blocks; returns how many bytes came, which may be fewer than none, and how many were to. The first
+    and the last block, if not wanted whole, pass through the buffer; where ``content`` lies otherwise than the file,
+    all do."""
     before = offset % BLOCK_BYTES
     first = -offset % BLOCK_BYTES
     whole = (len(content) - first) // BLOCK_BYTES * BLOCK_BYTES
@@ -279,19 +282,13 @@ def _read_blocks(file: int, offset: int, content: memoryview, buffer: memoryview
         # If it was cut short, what follows it is read again.
         content[:first] = head[before : before + first]
         content[first + whole :] = tail[:last]
-        return min(count, len(content))
-    blocks = -(-(before + len(content)) // BLOCK_BYTES) * BLOCK_BYTES
-    count = os.preadv(file, [buffer[:blocks]], offset - before) - before
-    count = min(count, len(content))
+        return min(count, len(content)), len(content)
+    wanted = min(len(content), len(buffer) - before)
+    count = os.preadv(file, [buffer[: -(-(before + wanted) // BLOCK_BYTES) * BLOCK_BYTES]], offset - before) - before
+    count = min(count, wanted)
     if count > 0:
         content[:count] = buffer[before : before + count]
-    return count
-
-
-def address(content: memoryview) -> int:
-    """Where it lies in memory."""
-    found: int = np.frombuffer(content, np.uint8).__array_interface__["data"][0]
-    return found
+    return count, wanted
 
 
 def as_bytes(data: Bytes) -> memoryview:

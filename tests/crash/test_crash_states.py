@@ -31,6 +31,7 @@ from fastckpt.repository.history import now
 from fastckpt.repository.writer import Committer, Contents
 from fastckpt.storage.memory import MemoryStore
 from fastckpt.storage.store import Bytes, ObjectInfo, ObjectWriter, Store
+from fastckpt.trace import Trace
 from tests.crash.numpy_job import GENERATION
 from tests.crash.scenarios import SCENARIOS, Run, Scenario, given_up, nothing, one_saved, prepared, violations
 from tests.crash.volatile_store import Fate, Log, VolatileStore, moments
@@ -473,7 +474,7 @@ def by_name(name: str) -> Scenario:
 def decision_before_index(patch: pytest.MonkeyPatch) -> Wrap:
     original = Committer.commit
 
-    def commit(self: Committer, contents: Contents) -> Live:
+    def commit(self: Committer, contents: Contents, trace: Trace) -> Live:
         late: list[Callable[[], None]] = []
         store = self._store
 
@@ -488,7 +489,7 @@ def decision_before_index(patch: pytest.MonkeyPatch) -> Wrap:
 
         self._store = Postponing()  # type: ignore[assignment]
         try:
-            live = original(self, contents)
+            live = original(self, contents, trace)
         finally:
             self._store = store
         for create in late:
@@ -509,9 +510,9 @@ def decision_before_parts(patch: pytest.MonkeyPatch) -> Wrap:
         late.append(lambda: store.create(names.part(attempt, node), data))
         return PartInfo(node, document.digest(data), len(data))
 
-    def commit_then_parts(self: Committer, contents: Contents) -> Live:
+    def commit_then_parts(self: Committer, contents: Contents, trace: Trace) -> Live:
         mine = [late.pop() for _ in contents.parts]
-        live = commit(self, contents)
+        live = commit(self, contents, trace)
         for create in mine:
             create()
         return live

@@ -45,6 +45,8 @@ FORBIDDEN = (
 _LISTING = {"os.scandir", "os.listdir"}
 _ENTRIES = {"os.link": 2, "os.rename": 2, "os.remove": 1, "os.truncate": 1, "os.utime": 1}
 """Events that change entries of directories, and how many paths they name."""
+_MEMORY = "/memfd:fastckpt"
+"""What descriptors of this process's own memory refer to: buffers that are read into."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -68,6 +70,8 @@ class Watch:
         elif event in _LISTING:
             if not isinstance(arguments[0], int):
                 self._blame(event, arguments)
+        elif event in ("mmap.__new__", "os.truncate") and self._is_memory(arguments[0]):
+            pass
         elif event in _ENTRIES:
             if not all(self._in_target(path) for path in arguments[: _ENTRIES[event]]):
                 self._blame(event, arguments)
@@ -89,6 +93,10 @@ class Watch:
             self.opened += 1
         else:
             self._blame("open", (path, flags))
+
+    @staticmethod
+    def _is_memory(file: object) -> bool:
+        return file == -1 or (isinstance(file, int) and os.readlink(f"/proc/self/fd/{file}").startswith(_MEMORY))
 
     def _in_target(self, path: object) -> bool:
         name = os.fsdecode(path) if isinstance(path, str | bytes) else ""

@@ -34,9 +34,10 @@ ACTS = {
     "a pickle": "pickle.loads(b'cos\\ngetcwd\\n.')",
     "marshalled code": "marshal.loads(marshal.dumps(1))",
     "a library": "ctypes.CDLL(None)",
-    "a map of memory": "mmap.mmap(-1, 10)",
+    "a map of a file": "mmap.mmap(os.open('x', os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), 1, prot=mmap.PROT_READ)",
 }
 HARMLESS = {
+    "memory of one's own": "mmap.mmap(-1, 10)",
     "reading the repository": "os.close(os.open('x', os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder))",
     "writing the target": "open(os.path.abspath('target/z'), 'w').close()",
 }
