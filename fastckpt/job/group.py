@@ -90,7 +90,7 @@ class StoreKeyValue:
                 now = time.monotonic()
                 if now >= end:
                     return None
-                time.sleep(min(_POLL_SECONDS_MAX, max(0.0005, (now - start) / 10), end - now))
+                time.sleep(min(_POLL_SECONDS_MAX, max(0.0005, (now - start) / 50), end - now))
             return bytes(store.get(key))
 
         return self._call(wait, seconds + _ANSWER_SECONDS)
