@@ -19,7 +19,7 @@ from tests.crash.scenarios import SCENARIOS
 from tests.crash.syscalls import ERRORS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAIRS, FAULTS = 100, 360
+PAIRS, FAULTS = 100, 400
 """A scenario."""
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # it forks
 
