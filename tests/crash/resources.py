@@ -383,7 +383,7 @@ def memory(directory: Path) -> Seen:
     shortage.wrap = lambda store: FaultyStore(store, only=take_now)
     shortage.spec = {"big": Tensor("uint8", (SIZE * chunk_bytes,), KNOWN, split=0)}
     shortage.options = Options(chunk_bytes=chunk_bytes, commit_seconds_max=30.0)
-    return shortage.go_through_anew([2 * chunk_bytes])
+    return shortage.go_through_anew([chunk_bytes])  # which with its alignment is more, for every rank
 
 
 def together(*several: Seen) -> Seen:

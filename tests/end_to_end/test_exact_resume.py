@@ -147,7 +147,10 @@ def train(kind: str, folder: str, kill: Kill | None = None, every_steps: int = E
         if mine:  # at the latest: of a small state a rank may have nothing to write
             strike()
     os.close(journal)
-    return prints(trainee.whole())
+    whole = prints(trainee.whole())
+    if dist.is_initialized():
+        dist.barrier()  # who ends before it has read all that was sent to it resets what others are reading from it
+    return whole
 
 
 @dataclass(frozen=True)
