@@ -23,7 +23,7 @@ from fastckpt.group import Assembly, Group, Reply
 from fastckpt.plan.restore_plan import Fit, Selection, Want, misfits
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
-from fastckpt.repository.relay import relayed
+from fastckpt.repository.relay import PeerGaveUp, relayed
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
 
@@ -130,10 +130,12 @@ class Restores:
             line = reply(result)
         except Exception as error:
             line = failure = error
+            if isinstance(error, PeerGaveUp):  # which is for this rank alone to know
+                line = CommitTimeout(str(error), error.missing_ranks)
         # What this rank waited for in vain, it need not wait for as long again; and what went wrong, if it is not just
-        # lost, the other rank says.
-        late = isinstance(failure, CommitTimeout)
-        own = None if late else failure
+        # lost, the other rank says: once all have come to the end, also those of other nodes that know of nothing.
+        late = isinstance(failure, CommitTimeout) and not isinstance(failure, PeerGaveUp)
+        own = None if isinstance(failure, CommitTimeout) else failure
         try:
             self._ask(name, line, judge, self._seconds_max * (REPORT_SHARE if late else 1))
         except (RankFailed, CommitTimeout) as error:

@@ -254,6 +254,7 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
 
     def visit(path: str, module: nn.Module, replicas: Replicas, in_unit: bool) -> Iterator[Visited]:
         while (inner := _unwrapped(module)) is not None:
+            _let_go_of_gathered(module)
             if isinstance(module, DistributedDataParallel):
                 replicas = Replicas(kept_equal(module), path, frozenset(module.parameters_to_ignore))
             elif isinstance(module, FullyShardedDataParallel):
@@ -262,8 +263,7 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
                     flat.setdefault(holder, {})[own] = part
                 dtypes.update(buffer_dtypes(path, module))
             module = inner
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward without backward the parameters still are the gathered ones
+        _let_go_of_gathered(module)
         visited = Visited(path, module, replicas, flat.get(module, {}), dtypes)
         check_not_stray(path, module, visited.ranges, in_unit)
         yield visited
@@ -272,6 +272,11 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
                 yield from visit(visited.prefix + name, child, replicas, in_unit)
 
     return visit("", root, Replicas(), False)
+
+
+def _let_go_of_gathered(module: nn.Module) -> None:
+    if isinstance(module, FSDPModule):  # which a wrapper may have become as well
+        module.reshard()  # after a forward without backward the parameters still are the gathered ones
 
 
 _EQUAL_HOOKS = frozenset({"default_hooks", "powerSGD_hook", "quantization_hooks", "mixed_precision_hooks"})

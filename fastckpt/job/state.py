@@ -72,10 +72,10 @@ class Describer:
         walk = _Walk(state) if known is None or facts is None or known.facts != facts else None
         fixed = known.fixed if known is not None and walk is None else (walk := walk or _Walk(state)).fixed()
         values, tensors = _read_values(state, fixed, iter(survey.extra))
-        # They are never ties, so where they are does not matter.
+        # Where they are does not matter, but whether there is another tensor.
         memory, forms = tensor_forms([tensor for _, tensor in tensors], pointers=False)
         memory = [*survey.tensors, *memory]
-        forms = None if forms is None else [[key for key, _ in tensors], *forms]
+        forms = None if forms is None else [[key for key, _ in tensors], _ties(memory, len(survey.tensors)), *forms]
         optimizers = [item for item in state.values() if isinstance(item, torch.optim.Optimizer)]
         if known is not None and walk is None and known.forms == forms:
             self._known = known
@@ -133,6 +133,14 @@ class _Cuts:
             view = views[number]
             views[number] = view.as_strided(sizes, strides, view.storage_offset() + skip)
         return views
+
+
+def _ties(memory: Sequence[torch.Tensor], start: int) -> list[int]:
+    """For each tensor from ``start`` on, the number of the first that lies where it does."""
+    if start == len(memory):
+        return []
+    first: dict[int, int] = {}
+    return [first.setdefault(tensor.data_ptr(), number) for number, tensor in enumerate(memory)][start:]
 
 
 def _cuts(held: Mapping[str, Held], memory: Sequence[torch.Tensor]) -> _Cuts | None:

@@ -77,6 +77,8 @@ class Survey:
 
     def _module(self, module: nn.Module) -> None:
         kind = self._kinds.get(type(module)) or self._kind(type(module))
+        if kind.sharded:
+            module.reshard()  # type: ignore[operator]
         if kind.inner is not None and isinstance(inner := getattr(module, kind.inner), nn.Module):
             self._facts.append(type(module))
             if isinstance(module, FullyShardedDataParallel):
@@ -85,8 +87,6 @@ class Survey:
                 self._facts += (kept_equal(module), frozenset(module.parameters_to_ignore))
             self._module(inner)
             return
-        if kind.sharded:
-            module.reshard()  # type: ignore[operator]
         if kind.extra:
             self.extra.append(module)
         parameters, children = module._parameters, module._modules

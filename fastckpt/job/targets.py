@@ -20,6 +20,7 @@ from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import SHARED
 from fastckpt.job import subclass
+from fastckpt.job.aliases import find_aliases
 from fastckpt.job.asked import Asked
 from fastckpt.job.optimizer_targets import find_optimizer
 from fastckpt.job.per_rank import Merge, PerRank, merged
@@ -132,6 +133,7 @@ def find_targets(
     # Random number generators last: what is done to the others may draw.
     for name in sorted(state, key=lambda name: is_rng(state[name])):
         finding.item(name, state[name])
+    finding.check_apart()
     finding.note_extra()
     if not finding.targets.problems:
         finding.run_merges()
@@ -156,6 +158,8 @@ class Finding:
     """What ``merges`` made, by name."""
     filled: dict[tuple[Any, ...], tuple[str, int]] = field(default_factory=dict)
     """For each tensor of the state, the first key it is filled under, and the number of the stored one."""
+    to_fill: dict[str, Held] = field(default_factory=dict)
+    """What is to be filled, by key: no two of them may lie in the same memory in part."""
     unused_names: list[str] = field(default_factory=list)
     """Saved parameters of optimizers that the state has not got."""
 
@@ -262,9 +266,17 @@ class Finding:
         elif any(_is_expanded(view) for _, view in held.pieces):
             self.problem(f"{held.key}: its elements share memory (an expanded tensor); clone() it before restoring")
         else:
+            self.to_fill[held.key] = held
             for box, view in held.pieces:
                 self.targets.wants.append(Want(stored.number, box, len(self.targets.sinks)))
                 self.targets.sinks.append(TensorSink(box, view, stored.dtype))
+
+    def check_apart(self) -> None:
+        """Notes tensors that share part of their memory: each would be filled over the other, by whoever is last."""
+        try:
+            find_aliases(self.to_fill)
+        except ValueError as problem:
+            self.problem(str(problem))
 
     def problem(self, text: str) -> None:
         self.targets.problems.append(text)

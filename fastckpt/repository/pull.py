@@ -76,7 +76,14 @@ class Pull:
         self._failure: BaseException | None = None
         self._stopped = False
         # Taken before anything is copied ahead: a worker never waits for memory that the copies of later rows are in.
-        self._own = [pool.take(slot_bytes(max(writer.sizes))) for _ in writer.streams]
+        self._own: list[Slot] = []
+        try:
+            for _ in writer.streams:
+                self._own.append(pool.take(slot_bytes(max(writer.sizes))))
+        except BaseException:  # the fence gave the attempt up: the memory is wanted whole by the next
+            for slot in self._own:
+                pool.give(slot)
+            raise
 
     def run(self, store: Store) -> None:
         """Writes everything; the packs are durable on return. Raises the first thing that went wrong."""
@@ -143,8 +150,12 @@ class Pull:
                         self._pool.give(slot)
                         raise
                     with self._changed:
-                        self._copies[row] = slot
-                        self._changed.notify_all()
+                        is_wanted = not self._stopped
+                        if is_wanted:
+                            self._copies[row] = slot
+                            self._changed.notify_all()
+                    if not is_wanted:  # and perhaps nobody comes to give it back: this worker may be left behind
+                        self._pool.give(slot)
         except BaseException as error:
             self._fail(error)
 

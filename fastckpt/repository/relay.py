@@ -54,6 +54,10 @@ _WORD_BYTES = 8
 _FINISHED = 2**64 - 1
 
 
+class PeerGaveUp(CommitTimeout):
+    """Another rank of the node has failed, and tells all ranks itself why."""
+
+
 class _Offer(msgspec.Struct, array_like=True, frozen=True):
     """What a rank wants, and how others come to its memory."""
 
@@ -157,9 +161,10 @@ class NodeRelay:
 
     def next(self) -> Passed | Passing | None:
         self._own.words[_BEAT] += 1
-        for peer in self._peers.values():
+        for rank, peer in self._peers.items():
             if blamed := peer.words[_GAVE_UP]:
-                raise CommitTimeout(f"rank {blamed - 1} does not go on with the restore", [blamed - 1])
+                kind = PeerGaveUp if blamed - 1 == rank else CommitTimeout
+                raise kind(f"rank {blamed - 1} does not go on with the restore", [blamed - 1])
         task = self._published() or self._fillable()
         if task is not None:
             self._note_beats()
@@ -275,7 +280,7 @@ def relayed(
             if failure is not None:
                 raise failure from None
             if isinstance(error, RankFailed):
-                raise CommitTimeout(str(error), sorted(error.failures)) from error
+                raise PeerGaveUp(str(error), sorted(error.failures)) from error
             raise
         relay: NodeRelay | None = None
         if answer.portions:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from fastckpt.storage.local import LocalStore
 pytestmark = pytest.mark.distributed
 
 DEADLINE = 2.0
+SLOW_DEADLINE = 8.0
+"""A tenth of it, and the moment until an answer is there, is less than the slow rank reads."""
 CHUNK_BYTES = 8192
 DTYPES = ["float32", "bfloat16", "float64", "int32", "bool"]
 SAVED_BY = 4
@@ -228,6 +231,35 @@ def test_a_damaged_chunk_that_one_rank_reads_for_all_is_named_on_all_of_them_at_
         assert (step, is_right) == (1, True)
     for number, (strict, _, _) in enumerate(each):
         assert number == finder or str(strict.error).startswith(f"rank {finder}: ")
+
+
+def waits_for_a_slow_node(url: str) -> Any:
+    """Rank 0 meets damage that rank 1 hears of at once; rank 2, on another node, has long to read still."""
+    job_groups._node = lambda: ["a", "a", "b"][rank()]
+    chunk_reader.READ_BYTES_MAX = relay.READ_BYTES_MAX = CHUNK_BYTES
+    with Checkpointer(url, options=Options(chunk_bytes=CHUNK_BYTES, commit_seconds_max=SLOW_DEADLINE)) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"one": torch.arange(100_000.0), "other": torch.arange(100_000.0) + 1}).wait()
+        damaged = ckpt.snapshots()[-1].place(4)
+        read_into = LocalStore.read_into
+
+        def slow(store: LocalStore, name: str, offset: int, buffer: memoryview) -> None:
+            if name.startswith(damaged.pack.rpartition("/")[0].rpartition("/")[0]):
+                time.sleep(0.5 if rank() == 2 else 0.02)
+            read_into(store, name, offset, buffer)
+            if (name, offset) == (damaged.pack, damaged.offset):
+                buffer[0] ^= 1
+
+        LocalStore.read_into = slow  # type: ignore[method-assign]
+        state = {"other" if rank() == 2 else "one": torch.zeros(100_000)}
+        end = ending(lambda: ckpt.restore(state))
+        LocalStore.read_into = read_into  # type: ignore[method-assign]
+        return ranks.Last(end)
+
+
+def test_who_is_told_that_another_has_failed_waits_for_nodes_that_are_still_reading(tmp_path: Path) -> None:
+    for end in ranks.run(3, waits_for_a_slow_node, str(tmp_path / "slow")):
+        assert isinstance(end.error, SnapshotDamaged), end.error
 
 
 def loses_a_rank(url: str, lost: int, fate: int, nodes: list[str]) -> Any:

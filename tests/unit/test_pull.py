@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastckpt.buffers import Pool
+from fastckpt.buffers import Pool, Slot
 from fastckpt.errors import AttemptAborted, StorageError
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.tables import Rows
 from fastckpt.repository.pull import Pull, pool_bytes, slot_bytes, streams_of
 from fastckpt.repository.writer import ChunkWriter
+from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.memory import MemoryStore
 from fastckpt.storage.store import Bytes, ObjectWriter
 from fastckpt.trace import Trace
@@ -216,3 +218,50 @@ def test_the_last_check_fails_the_pull() -> None:
         run.run()
     assert len(calls) == 1
     assert run.events.count("let go") == 1
+
+
+def test_memory_is_given_back_if_the_fence_gives_up_between_two_buffers() -> None:
+    class GivenUp(Pool):
+        taken = 0
+
+        def take(self, size: int | None = None) -> Slot:
+            self.taken += 1
+            if self.taken == 2:
+                self.cancel()
+            return super().take(size)
+
+    sizes = [5000] * 8
+    pool = GivenUp(pool_bytes(sizes, 2))
+    with pytest.raises(AttemptAborted):
+        Run(sizes, pool, streams=2)
+    pool.reset()  # asserts that every buffer was given back
+
+
+def test_a_copy_made_by_a_worker_that_was_left_behind_is_given_back() -> None:
+    sizes = [5000] * 8
+    store = Gated()
+    deadline = DeadlineStore(store, 0.2)
+    run = Run(sizes, Pool(pool_bytes(sizes, 1)), deadline, streams=1)
+    copying, go_on = threading.Event(), threading.Event()
+    fill = run.fill
+
+    def slow(row: int, view: memoryview) -> None:
+        if threading.current_thread().name == "fastckpt-write-1":  # the one that copies ahead
+            copying.set()
+            assert go_on.wait(SECONDS)
+        fill(row, view)
+
+    run.events.append("begin")
+    run.pull._fill = slow
+    run.pull._on_let_go._function = lambda: None
+    with pytest.raises(StorageError, match="has not answered"):
+        run.run()
+    assert copying.is_set()
+    store.error = StorageError("too late")
+    store.gate.set()
+    go_on.set()
+    end = time.monotonic() + SECONDS
+    while deadline.busy:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    run.pool.reset()  # asserts that every buffer was given back

@@ -307,3 +307,21 @@ def test_what_was_copied_early_once_is_copied_early_each_time() -> None:
             pending.wait()
             assert pending.snapshot.read("model.0.weight").tolist() == expected["w"].tolist()
             assert pending.snapshot.read("table").tolist() == expected["t"].tolist()
+
+
+@pytest.mark.parametrize("place", ["model.weight", "table", "other.rows"])
+def test_a_tensor_that_a_value_referred_to_as_well_is_its_own_once_the_value_has_another(place: str) -> None:
+    model, table = nn.Linear(200, 200), torch.rand(200, 200)
+    shared = model.weight if place == "model.weight" else table
+    values: dict[str, Any] = {"rows": shared}
+    state: dict[str, Any] = {"model": model, "table": table, "value": values, "other": {"rows": table.clone()}}
+    if place == "other.rows":
+        state["other"]["rows"] = shared = values["rows"] = torch.rand(200, 200)
+    with Checkpointer(f"memory://{secrets.token_hex(8)}") as ckpt:
+        for step in (1, 2):
+            assert contents(saved_again(ckpt, step, state)) == contents(saved_afresh(state))
+        values["rows"] = type(shared)(torch.zeros(200, 200))
+        snapshot = saved_again(ckpt, 3, state)
+    assert not snapshot.read("value.rows").any()
+    assert snapshot.read(place).tolist() == shared.tolist()
+    assert contents(snapshot) == contents(saved_afresh(state))

@@ -461,3 +461,12 @@ def test_an_extra_state_of_a_module_goes_back_to_it(url: str) -> None:
     restore(url, {"model": model})
     assert model[1].count["count"] == 5
     assert model[1].count["seen"].unique().tolist() == [5]
+
+
+def test_tensors_that_share_part_of_their_memory_are_refused_before_anything_is_changed(url: str) -> None:
+    with Checkpointer(url) as ckpt:
+        ckpt.save(1, {"one": torch.ones(4), "other": torch.ones(4)}).wait()
+        target = torch.zeros(6)
+        with pytest.raises(StateMismatch, match="share part of their memory"):
+            ckpt.restore({"one": target[:4], "other": target[2:]})
+    assert not target.any()
