@@ -97,7 +97,7 @@ def _to_buffer(source: torch.Tensor, buffer: memoryview) -> None:
 class Staging:
     """What one rank saves at one step: the offer it makes to the planner, and sources of the bytes it is to write.
 
-    Made on the training thread; afterwards used by one background thread.
+    Made on the training thread; afterwards read by the threads that copy, any of them.
     """
 
     def __init__(self, description: Description, world_size: int = 1) -> None:
