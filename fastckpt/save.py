@@ -1,6 +1,7 @@
 """The save flow. Read this first.
 
-    agree    the ranks agree on the attempt, the layout, and that what they take to be equal is equal
+    agree    the ranks agree on the attempt, the layout, and that what they take to be equal is equal; what ranks have
+             alike is said once a node, by its digest, and once in the job in full
     write    tensor -> pool buffer -> hash -> codec -> pack, chunk by chunk, in a bounded pool
     commit   each node's part, then the index, then the decision; or, on every rank, the error that prevented it
 
@@ -15,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -32,16 +33,18 @@ from fastckpt.errors import (
 )
 from fastckpt.format import document
 from fastckpt.format.chunk import chunk_hash
-from fastckpt.format.decision import Live
+from fastckpt.format.decision import MESHES, Format, Live
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
 from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, checked, combined
 from fastckpt.options import Options
+from fastckpt.plan.alike import by_rank, each, merged
 from fastckpt.plan.save_plan import (
     Agreement,
     Comparison,
     RankOffer,
     auto_chunk_bytes,
+    keys_to_digest,
     offered_bytes,
     plan_save,
 )
@@ -69,9 +72,8 @@ class Offered(Protocol):
     values: Mapping[str, bytes]
     """Encoded per-rank values by name."""
 
-    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
-        """For each of these keys held here, a digest of sampled content; for None, a digest of the whole content of
-        every tensor that is not known to be equal wherever it is held."""
+    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
+        """For each of these keys held here, a digest of sampled content, or of all of it."""
 
     def source(self, key: str, box: Box) -> Source:
         """The bytes of a box this rank offered."""
@@ -131,16 +133,19 @@ class Labels:
 
 class _Hello(msgspec.Struct, array_like=True, frozen=True):
     step: int
-    offered: bytes
+    terms: bytes
+    """Digest of what this rank offers, and of the layout it would go on with; it may have missed the answer that
+    brought a newer one."""
     compared: dict[int, bytes]
     """For each comparison this rank takes part in, a digest over its keys."""
-    layout: str
-    """Digest of the layout this rank would go on with; it may have missed the answer that brought a newer one."""
 
 
-class _Full(msgspec.Struct, array_like=True, frozen=True):
-    offer: RankOffer
-    digests: dict[str, bytes]
+class _Asked(msgspec.Struct, array_like=True, frozen=True):
+    """What the coordinator answers to offers."""
+
+    keys: list[str]
+    """Digests of the content of these are needed first; none if there is an answer."""
+    answer: bytes
 
 
 class _Go(msgspec.Struct, array_like=True, frozen=True):
@@ -159,11 +164,23 @@ class _Written(msgspec.Struct, array_like=True, frozen=True):
     stored_bytes: int
 
 
+class _Grid(NamedTuple):
+    """What of a repository a layout depends on."""
+
+    chunk_bytes: int
+    families: bool
+    """Whether its readers know them."""
+
+
 class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
-    part: PartInfo
+    node: int
+    digest: bytes
+    """Of its part."""
+    part_bytes: int
     raw_bytes: int
     stored_bytes: int
-    layout: str
+    layout: bytes
+    """Digest."""
 
 
 class Saves:
@@ -185,7 +202,8 @@ class Saves:
         self._discarded: list[ChunkWriter] = []
         # The coordinator's side.
         self._committer: Committer | None = None
-        self._chunk_bytes = 0
+        self._grid: _Grid | None = None
+        self._planned = _Grid(0, True)
         self._offers: dict[int, bytes] = {}
 
     def expects(self, offered: Offered) -> bool:
@@ -207,7 +225,7 @@ class Saves:
         answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         if not answer:
-            answer = self._ask("offers", offered, _full, lambda replies: self._on_offers(replies, common, trace))
+            answer = self._settle(offered, lambda offers, digests: self._on_offers(offers, digests, common, trace))
         go = msgspec.msgpack.decode(answer, type=_Go)
         if go.agreement is not None:
             self._agreed = _agreed(go.agreement, self._rank)
@@ -221,7 +239,7 @@ class Saves:
         """Agrees with all ranks on the layout alone, for the saves to come. Writes nothing. An error in place of the
         offer makes every rank raise."""
         self._count += 1
-        answer = self._ask("prepare", offered, _full, self._on_prepare)
+        answer = self._settle(offered, self._on_prepare)
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         self._agreed = _agreed(msgspec.msgpack.decode(answer, type=Agreement), self._rank)
         self._offered = offered.digest
@@ -234,28 +252,91 @@ class Saves:
         reply: Callable[[Offered], bytes],
         decide: Callable[[dict[int, bytes]], bytes],
     ) -> bytes:
-        """One exchange of all ranks. What keeps this rank from replying is told to the others and raised here."""
+        """One exchange of all ranks: ``decide`` sees the replies by rank, equal ones as one object. What keeps this
+        rank from replying is told to the others and raised here."""
         posted: Reply
         try:
             posted = offered if isinstance(offered, BaseException) else reply(offered)
         except Exception as error:
             posted = error
         try:
-            return self._assembly.ask(
+            return self._assembly.ask_in_two(
                 f"save-{self._count}/{name}",
                 posted,
-                decide,
-                seconds=self._options.commit_seconds_max,
-                what="all ranks to call save",
+                lambda replies: merged(checked(replies)),
+                lambda lines: decide(by_rank(checked(lines).values())),
+                self._options.commit_seconds_max,
+                "all ranks to call save",
             )
         except FastckptError:
             if isinstance(posted, BaseException):
                 raise posted from None
             raise
 
+    def _collect(
+        self,
+        name: str,
+        offered: Offered | BaseException,
+        content: Callable[[Offered], bytes],
+        decide: Callable[[dict[int, bytes]], bytes],
+    ) -> bytes:
+        """What every rank has to say, at the coordinator: each says a digest of it, and one of those with equal ones
+        says it in full. ``decide`` sees the contents by rank, equal ones as one object."""
+        said: dict[int, bytes] = {}
+        mine = b""
+
+        def digest(offered: Offered) -> bytes:
+            nonlocal mine
+            mine = content(offered)
+            return chunk_hash(mine)
+
+        def on_digests(replies: dict[int, bytes]) -> bytes:
+            said.update(replies)
+            speakers = {digest: rank for rank, digest in sorted(replies.items(), reverse=True)}
+            return msgspec.msgpack.encode(sorted(speakers.values()))
+
+        def on_contents(replies: dict[int, bytes]) -> bytes:
+            in_full = {said[rank]: data for rank, data in replies.items() if data}
+            return decide({rank: in_full[digest] for rank, digest in said.items()})
+
+        answer = self._ask(f"{name}-digests", offered, digest, on_digests)
+        speaks = self._rank in msgspec.msgpack.decode(answer, type=list[int])
+        return self._ask(name, offered, lambda _: mine if speaks else b"", on_contents)
+
+    def _settle(
+        self,
+        offered: Offered | BaseException,
+        decide: Callable[[dict[int, RankOffer], dict[int, dict[str, bytes]]], bytes],
+    ) -> bytes:
+        """Gathers what all ranks offer, and then the digests of what must be compared: ``decide`` sees both by rank,
+        equal ones as one object."""
+        offers: dict[int, RankOffer] = {}
+
+        def on_offers(replies: dict[int, bytes]) -> bytes:
+            self._offers = each(replies, chunk_hash)
+            offers.update(each(replies, msgspec.msgpack.Decoder(RankOffer).decode))
+            keys = keys_to_digest(offers, len(self._nodes))
+            return msgspec.msgpack.encode(_Asked(keys, b"" if keys else decide(offers, {})))
+
+        def on_digests(replies: dict[int, bytes]) -> bytes:
+            return decide(offers, each(replies, msgspec.msgpack.Decoder(dict[str, bytes]).decode))
+
+        data = self._collect("offers", offered, lambda offered: msgspec.msgpack.encode(offered.offer), on_offers)
+        asked = msgspec.msgpack.decode(data, type=_Asked)
+        if not asked.keys:
+            return asked.answer
+        return self._collect(
+            "content",
+            offered,
+            lambda offered: msgspec.msgpack.encode(offered.sampled(asked.keys, whole=True)),
+            on_digests,
+        )
+
     def _hello(self, step: int) -> Callable[[Offered], bytes]:
         layout = self._agreed.digest if self._agreed is not None else ""
-        return lambda offered: msgspec.msgpack.encode(_Hello(step, offered.digest, self._compared(offered), layout))
+        return lambda offered: msgspec.msgpack.encode(
+            _Hello(step, _terms(offered.digest, layout), self._compared(offered))
+        )
 
     def _compared(self, offered: Offered) -> dict[int, bytes]:
         if not self.expects(offered) or self._agreed is None:
@@ -269,52 +350,60 @@ class Saves:
 
     def _on_hello(self, replies: dict[int, bytes], common: list[bytes]) -> bytes:
         """Coordinator: goes ahead if everything is as it was; an empty answer asks everyone for the whole offer."""
-        hellos = {rank: msgspec.msgpack.decode(data, type=_Hello) for rank, data in replies.items()}
-        steps = {hello.step for hello in hellos.values()}
-        if len(steps) > 1:
-            by_rank = ", ".join(f"rank {rank}: {hello.step}" for rank, hello in sorted(hellos.items())[:8])
-            raise ValueError(f"ranks save different steps at the same time: {by_rank}; every rank saves the same step")
-        unchanged = self._agreed is not None and {h.layout for h in hellos.values()} == {self._agreed.digest}
-        unchanged = unchanged and self._offers == {rank: hello.offered for rank, hello in hellos.items()}
+        hellos = each(replies, msgspec.msgpack.Decoder(_Hello).decode)
+        different = {id(hello): hello for hello in hellos.values()}.values()
+        if len({hello.step for hello in different}) > 1:
+            steps = ", ".join(f"rank {rank}: {hello.step}" for rank, hello in sorted(hellos.items())[:8])
+            raise ValueError(f"ranks save different steps at the same time: {steps}; every rank saves the same step")
+        unchanged = self._agreed is not None and hellos.keys() == self._offers.keys()
+        if self._agreed is not None and unchanged:
+            layout = self._agreed.digest
+            terms = {digest: _terms(digest, layout) for digest in set(self._offers.values())}
+            unchanged = all(hello.terms == terms[self._offers[rank]] for rank, hello in hellos.items())
         for number in range(len(self._agreed.comparisons) if self._agreed else 0):
-            unchanged = unchanged and len({h.compared[number] for h in hellos.values() if number in h.compared}) <= 1
+            unchanged = unchanged and len({h.compared[number] for h in different if number in h.compared}) <= 1
         if not unchanged or self._agreed is None:
             return b""
-        if self._committer is None and self._open(self._agreed.layout.chunk_bytes) != self._agreed.layout.chunk_bytes:
+        if self._committer is None and self._open(self._planned) != self._planned:
             return b""  # the repository was made meanwhile, with a grid of its own
         return self._go(None, common)
 
-    def _on_offers(self, replies: dict[int, bytes], common: list[bytes], trace: Trace) -> bytes:
+    def _on_offers(
+        self,
+        offers: dict[int, RankOffer],
+        digests: dict[int, dict[str, bytes]],
+        common: list[bytes],
+        trace: Trace,
+    ) -> bytes:
         """Coordinator: plans, and opens the repository for writing if this is the first save."""
         with trace.span("plan"):
-            chunk_bytes, agreement = self._plan(replies)  # refuses before anything is made
-        if self._committer is None and self._open(chunk_bytes) != chunk_bytes:
+            agreement = self._plan(offers, digests)  # refuses before anything is made
+        if self._committer is None and self._open(self._planned) != self._planned:
             with trace.span("plan"):
-                _, agreement = self._plan(replies)
+                agreement = self._plan(offers, digests)
         return self._go(agreement, common)
 
-    def _on_prepare(self, replies: dict[int, bytes]) -> bytes:
-        if not self._chunk_bytes and repository.exists(self._store):
-            self._chunk_bytes = repository.Repository(self._store).format.chunk_bytes
-        return msgspec.msgpack.encode(self._plan(replies)[1])
+    def _on_prepare(self, offers: dict[int, RankOffer], digests: dict[int, dict[str, bytes]]) -> bytes:
+        if self._grid is None and repository.exists(self._store):
+            self._grid = _grid_of(repository.Repository(self._store).format)
+        return msgspec.msgpack.encode(self._plan(offers, digests))
 
-    def _plan(self, replies: dict[int, bytes]) -> tuple[int, Agreement]:
+    def _plan(self, offers: dict[int, RankOffer], digests: dict[int, dict[str, bytes]]) -> Agreement:
         """Coordinator: the layout of what ranks offer, on the repository's grid, or one that suits it."""
-        fulls = {rank: msgspec.msgpack.decode(data, type=_Full) for rank, data in replies.items()}
-        offers = {rank: full.offer for rank, full in fulls.items()}
-        digests = {rank: full.digests for rank, full in fulls.items()}
-        chunk_bytes = self._chunk_bytes or self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers))
-        layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes)
-        self._offers = {rank: offer_digest(offer) for rank, offer in offers.items()}
-        return chunk_bytes, Agreement(document.pack_table(layout), comparisons)
+        grid = self._grid
+        if grid is None:
+            grid = _Grid(self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers)), True)
+        layout, comparisons = plan_save(offers, digests, self._nodes, grid.chunk_bytes, families=grid.families)
+        self._planned = grid
+        return Agreement(document.pack_table(layout), comparisons)
 
-    def _open(self, chunk_bytes: int) -> int:
+    def _open(self, planned: _Grid) -> _Grid:
         """Coordinator: opens the repository for writing, made with this grid if there is none. Returns its grid."""
-        made = repository.create(self._store, chunk_bytes)
+        made = repository.create(self._store, planned.chunk_bytes)
         committer = Committer(self._store, made.format_digest)
         committer.open()
-        self._committer, self._chunk_bytes = committer, made.format.chunk_bytes
-        return self._chunk_bytes
+        self._committer, self._grid = committer, _grid_of(made.format)
+        return self._grid
 
     def _go(self, agreement: Agreement | None, common: list[bytes]) -> bytes:
         assert self._committer is not None
@@ -336,11 +425,11 @@ class Saves:
         live tensor is going to be read any more, be it for a failure. Raises what failed, with nothing left staged or
         open."""
         agreed = attempt.agreed
-        layout, chunks = agreed.layout, agreed.chunks
+        layout = agreed.layout
         shards = {piece.shard for _, pieces in agreed.mine for piece in pieces}
         try:
             sources = {
-                shard: offered.source(layout.keys[layout.shard_keys[shard]], layout.box(shard))
+                shard: offered.source(layout.keys[layout.shard_key(shard)], layout.box(shard))
                 for shard in sorted(shards)
             }
             streams = pull.streams_of(agreed.sizes, STREAMS, pool)
@@ -350,7 +439,7 @@ class Saves:
                 self._writer,
                 pool,
                 trace,
-                fill=lambda row, view: _fill(view, agreed.mine[row][1], sources, chunks),
+                fill=lambda row, view: _fill(view, agreed.mine[row][1], sources, layout),
                 begin=lambda: self._begin(attempt),
                 on_copied=offered.check_unchanged,
                 on_let_go=on_staged,
@@ -462,21 +551,25 @@ class Saves:
             )
         raw = sum(written.tensor_bytes for written in ranks) + sum(len(blob) for blob in blobs.values())
         stored = sum(written.stored_bytes for written in ranks)
-        return msgspec.msgpack.encode(_NodeLine(part, raw, stored, attempt.agreed.digest))
+        return msgspec.msgpack.encode(
+            _NodeLine(
+                part.node, bytes.fromhex(part.digest), part.size, raw, stored, bytes.fromhex(attempt.agreed.digest)
+            )
+        )
 
     def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels, trace: Trace) -> bytes:
         """Coordinator: the commit. Whatever prevents it aborts the attempt."""
         assert self._committer is not None
         try:
             parts = [msgspec.msgpack.decode(data, type=_NodeLine) for _, data in sorted(checked(lines).items())]
-            if any(line.layout != attempt.agreed.digest for line in parts):
+            if any(line.layout.hex() != attempt.agreed.digest for line in parts):
                 raise SaveError(f"step {attempt.step}: nodes wrote by different layouts")
             live = self._committer.commit(
                 Contents(
                     attempt=attempt.id,
                     step=attempt.step,
                     layout=attempt.agreed.data,
-                    parts=[line.part for line in parts],
+                    parts=[PartInfo(line.node, line.digest.hex(), line.part_bytes) for line in parts],
                     bytes=sum(line.raw_bytes for line in parts),
                     stored_bytes=sum(line.stored_bytes for line in parts),
                     environment=labels.environment,
@@ -549,8 +642,12 @@ def _typed(error: BaseException, step: int) -> BaseException:
     return typed
 
 
-def _full(offered: Offered) -> bytes:
-    return msgspec.msgpack.encode(_Full(offered.offer, offered.sampled(None)))
+def _terms(offered: bytes, layout: str) -> bytes:
+    return chunk_hash(offered + layout.encode())
+
+
+def _grid_of(made: Format) -> _Grid:
+    return _Grid(made.chunk_bytes, MESHES in made.features)
 
 
 def offer_digest(offer: RankOffer) -> bytes:
@@ -560,7 +657,7 @@ def offer_digest(offer: RankOffer) -> bytes:
 
 def _agreed(agreement: Agreement, rank: int) -> Agreed:
     digest = document.digest(agreement.layout)
-    chunks = Chunks(decode_layout(agreement.layout, digest))
+    chunks = decode_layout(agreement.layout, digest)
     return Agreed(
         digest=digest,
         data=agreement.layout,
@@ -570,9 +667,9 @@ def _agreed(agreement: Agreement, rank: int) -> Agreed:
     )
 
 
-def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Source], chunks: Chunks) -> None:
+def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Source], layout: Layout) -> None:
     for piece in pieces:
-        size = chunks.item_bytes(piece.shard)
+        size = layout.item_bytes(piece.shard)
         start = piece.start * size
         with view[piece.byte : piece.byte + (piece.stop - piece.start) * size] as part:
             sources[piece.shard].fill(start, part)

@@ -400,7 +400,7 @@ class _Offered:
         self.digest = offer_digest(self.offer)
         self.values: Mapping[str, bytes] = content.values
 
-    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
+    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
         return {}  # one rank: nothing to compare
 
     def check_unchanged(self) -> None:
@@ -413,7 +413,7 @@ class _Offered:
         """The numbers of the tensors in the order in which the save will ask for their bytes."""
         layout = attempt.agreed.layout
         shards = (piece.shard for _, pieces in attempt.agreed.mine for piece in pieces)
-        return list(dict.fromkeys(self._numbers[layout.keys[layout.shard_keys[shard]]] for shard in shards))
+        return list(dict.fromkeys(self._numbers[layout.keys[layout.shard_key(shard)]] for shard in shards))
 
 
 class _PipeSource:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -140,7 +139,6 @@ def _keys(snapshot: Snapshot) -> list[_Key]:
     from fastckpt.format.dtype import item_bytes
 
     layout = snapshot.layout
-    shards = Counter(layout.shard_keys)
     tied = dict(layout.aliases)
     return [
         _Key(
@@ -148,7 +146,7 @@ def _keys(snapshot: Snapshot) -> list[_Key]:
             dtype,
             list(shape),
             math.prod(shape) * item_bytes(dtype),
-            shards[number],
+            snapshot.chunks.shard_count(number),
             layout.label(tied[number]) if number in tied else None,
         )
         for number, (dtype, shape) in enumerate(zip(layout.dtypes, layout.shapes, strict=True))

@@ -70,7 +70,12 @@ def chunk_count(shape: Sequence[int], item_bytes: int, box: Box, chunk_bytes: in
 
 def is_tiny(shard_bytes: int, chunk_bytes: int) -> bool:
     """Whether a shard of this size is bundled with others instead of being cut on the grid."""
-    return shard_bytes <= chunk_bytes // 64
+    return shard_bytes <= tiny_bytes_max(chunk_bytes)
+
+
+def tiny_bytes_max(chunk_bytes: int) -> int:
+    """Bytes of a shard in a bundle, at most."""
+    return chunk_bytes // 64
 
 
 def bundle_bytes_max(chunk_bytes: int) -> int:

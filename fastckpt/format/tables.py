@@ -1,12 +1,14 @@
 """The layout, the parts and the index: what a snapshot consists of and where each chunk lies.
 
-A layout says which chunks there are (they follow from shapes, boxes and ``chunk_bytes``) and which rank wrote each; a
-part holds, for the ranks of one node, the hash and place of each of their chunks; the index names the layout and parts.
+A layout says which chunks there are (they follow from shapes, boxes, meshes and ``chunk_bytes``) and which rank wrote
+each; a part holds, for the ranks of one node, the hash and place of each of their chunks; the index names the layout
+and parts.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +31,18 @@ from fastckpt.format.chunk import (
     is_tiny,
 )
 from fastckpt.format.dtype import ITEM_BYTES, item_bytes
+from fastckpt.format.families import (
+    FAMILIES_MAX,
+    HOLDERS_MAX,
+    WORK_MAX,
+    Family,
+    FamilyChunks,
+    Place,
+    Spread,
+    Unit,
+    check_mesh,
+    split_box,
+)
 from fastckpt.format.shard import Box, check_inside, check_shape, covers_exactly
 
 KEY_BYTES_MAX = 4096
@@ -42,8 +56,12 @@ SHARED = -1
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
-class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Keys, shapes, dtypes, boxes, and who writes which chunk. Columns of equal length belong together."""
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, dict=True):
+    """Keys, shapes, dtypes, boxes, and who writes which chunk. Columns of equal length belong together.
+
+    Shards are numbered: those that are listed first, then, family by family, one for each class and tensor, whether it
+    has elements or not. These are never listed.
+    """
 
     chunk_bytes: Count
     keys: list[str]
@@ -63,12 +81,48 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Pairs (rank, number of chunks): the chunks of all units, in order, are dealt out in these runs."""
     rank_nodes: list[Count]
     """For each rank, the number of its node, which is the number of the part that holds its table."""
+    families: list[Family] = []
+    """Tensors whose shards follow from a mesh. Not stored where there are none."""
+
+    @functools.cached_property
+    def _family_shards(self) -> list[int]:
+        """The number of the first shard of each family, and of none."""
+        counts = (
+            math.prod(family.mesh.sizes[axis] for axis in family.sharded) * len(family.tensors)
+            for family in self.families
+        )
+        return list(itertools.accumulate(counts, initial=len(self.shard_keys)))
+
+    def _in_family(self, shard: int) -> tuple[Family, int, int]:
+        """The family of a shard that is not listed, its class, and the position of its tensor."""
+        number = bisect.bisect_right(self._family_shards, shard) - 1
+        family = self.families[number]
+        return family, *divmod(shard - self._family_shards[number], len(family.tensors))
+
+    def shard_key(self, shard: int) -> int:
+        """The number of the key that a shard is of."""
+        if shard < len(self.shard_keys):
+            return self.shard_keys[shard]
+        family, _, position = self._in_family(shard)
+        return family.tensors[position]
 
     def box(self, shard: int) -> Box:
-        return Box(tuple(self.shard_offsets[shard]), tuple(self.shard_sizes[shard]))
+        """Where a shard lies in its tensor; of no elements if nothing is stored of it."""
+        if shard < len(self.shard_keys):
+            return Box(tuple(self.shard_offsets[shard]), tuple(self.shard_sizes[shard]))
+        family, number, position = self._in_family(shard)
+        at: dict[int, int] = {}
+        for axis in reversed(family.sharded):
+            number, at[axis] = divmod(number, family.mesh.sizes[axis])
+        return split_box(self.shapes[family.tensors[position]], family.splits[position], family.mesh.sizes, at)
 
     def shard_bytes(self, shard: int) -> int:
-        return math.prod(self.shard_sizes[shard]) * item_bytes(self.dtypes[self.shard_keys[shard]])
+        """Bytes of a shard's elements."""
+        return self.box(shard).elements * self.item_bytes(shard)
+
+    def item_bytes(self, shard: int) -> int:
+        """Bytes an element of a shard."""
+        return item_bytes(self.dtypes[self.shard_key(shard)])
 
     def label(self, key: int) -> str:
         """The key as shown to people: ``key``, or ``key@rank`` for one rank's own tensor."""
@@ -76,7 +130,12 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def bytes(self) -> int:
         """Logical bytes of all tensors; tied ones count once."""
-        return sum(self.shard_bytes(shard) for shard in range(len(self.shard_keys)))
+        tied = {key for key, _ in self.aliases}
+        return sum(
+            math.prod(shape) * item_bytes(dtype)
+            for key, (dtype, shape) in enumerate(zip(self.dtypes, self.shapes, strict=True))
+            if key not in tied
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,51 +151,151 @@ class Piece:
 class Chunks:
     """The chunks of a layout: what each holds, who wrote it, and which row of that rank's table describes it."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, name: str = "layout") -> None:
+        """``LimitExceeded``, naming ``name``, for too many chunks; ``FormatError`` where the counts of a family are not
+        those of its classes."""
         self.layout = layout
-        counts = (self._unit_chunks(unit) for unit in layout.units)
+        counts = (self._listed_count(shards) for shards in layout.units)
         self._unit_first = list(itertools.accumulate(counts, initial=0))
+        if self.listed > CHUNKS_MAX:
+            raise LimitExceeded(f"{name}: {self.listed} chunks, at most {CHUNKS_MAX} are allowed")
         self._run_first = list(itertools.accumulate((count for _, count in layout.writers), initial=0))
+        if self.dealt > CHUNKS_MAX:
+            raise FormatError(f"{name}: its writers wrote {self.dealt} chunks of {self.listed}")
         rows: dict[int, int] = {}
         self._run_row: list[int] = []
         for rank, count in layout.writers:
             self._run_row.append(rows.get(rank, 0))
             rows[rank] = rows.get(rank, 0) + count
-        self.rows = rows
-        """For each rank that writes, the number of its chunks."""
+        self._rows: npt.NDArray[np.int64] = np.zeros(len(layout.rank_nodes), np.int64)
+        for rank, count in rows.items():
+            self._rows[rank] = count
+        self._families: list[FamilyChunks] = []
+        self._place: dict[int, tuple[FamilyChunks, int]] = {}
+        """By key number, of tensors of families: the family and the position in it."""
+        first, work = self.listed, 0
+        shard = len(layout.shard_keys)
+        for family in layout.families:
+            shapes = [layout.shapes[key] for key in family.tensors]
+            items = [item_bytes(layout.dtypes[key]) for key in family.tensors]
+            spread = Spread(family, shapes, items, layout.chunk_bytes, name)
+            work += spread.work
+            if work > WORK_MAX:
+                raise LimitExceeded(f"{name}: too many different sizes of shards in families of too many tensors")
+            placed = FamilyChunks(spread, first, shard, self._rows, name)
+            self._families.append(placed)
+            self._place |= {key: (placed, position) for position, key in enumerate(family.tensors)}
+            first += placed.count
+            shard += spread.classes * len(family.tensors)
+        self._firsts = [placed.first for placed in self._families]
+        self._first_shards = [placed.first_shard for placed in self._families]
+        self._count = first
 
     def __len__(self) -> int:
-        return self._unit_first[-1]
+        return self._count
 
     @property
     def dealt(self) -> int:
-        """Chunks the writers' runs cover."""
+        """Chunks of listed units that the writers' runs cover."""
         return self._run_first[-1]
 
-    def _unit_chunks(self, unit: list[int]) -> int:
-        if len(unit) > 1:
-            return 1
-        layout, shard = self.layout, unit[0]
-        key = layout.shard_keys[shard]
-        size = item_bytes(layout.dtypes[key])
-        return chunk_count(layout.shapes[key], size, layout.box(shard), layout.chunk_bytes)
+    @property
+    def listed(self) -> int:
+        """Chunks of listed units."""
+        return self._unit_first[-1]
 
-    def unit_chunks(self, unit: int) -> range:
-        """The chunk numbers of a unit."""
-        return range(self._unit_first[unit], self._unit_first[unit + 1])
+    def row_count(self, rank: int) -> int:
+        """The number of chunks that a rank wrote."""
+        return int(self._rows[rank])
 
-    def unit_pieces(self, unit: int) -> list[list[Piece]]:
-        """For each chunk of a unit, what it holds."""
-        layout, shards = self.layout, self.layout.units[unit]
+    # Units.
+
+    def _listed_count(self, shards: list[int]) -> int:
         if len(shards) > 1:
-            starts = itertools.accumulate((layout.shard_bytes(shard) for shard in shards), initial=0)
-            return [
-                [Piece(s, 0, math.prod(layout.shard_sizes[s]), b) for s, b in zip(shards, starts, strict=False)],
-            ]
-        key = layout.shard_keys[shards[0]]
-        size = item_bytes(layout.dtypes[key])
-        cuts = chunk_cuts(layout.shapes[key], size, layout.box(shards[0]), layout.chunk_bytes)
-        return [[Piece(shards[0], start, stop, 0)] for start, stop in itertools.pairwise(cuts)]
+            return 1
+        layout = self.layout
+        shape = layout.shapes[layout.shard_keys[shards[0]]]
+        return chunk_count(shape, layout.item_bytes(shards[0]), layout.box(shards[0]), layout.chunk_bytes)
+
+    def _listed(self, unit: int) -> Unit:
+        shards, first = self.layout.units[unit], self._unit_first[unit]
+        return Unit(first, self._unit_first[unit + 1] - first, tuple(shards), len(shards) > 1)
+
+    def units(self) -> Iterator[Unit]:
+        """All units in order. Takes time for each of them, which may be very many."""
+        chunk = 0
+        while chunk < len(self):
+            unit = self.unit_at(chunk)
+            yield unit
+            chunk += unit.count
+
+    def unit_at(self, chunk: int) -> Unit:
+        """The unit that a chunk belongs to."""
+        if chunk < self.listed:
+            return self._listed(bisect.bisect_right(self._unit_first, chunk) - 1)
+        return self._families[bisect.bisect_right(self._firsts, chunk) - 1].unit_at(chunk)
+
+    def places(self, key: int, wanted: Box | None = None) -> Iterator[Place]:
+        """Where the shards of a key are that have elements in ``wanted``, or any."""
+        wanted = wanted or Box.whole(self.layout.shapes[key])
+        if not wanted.elements:
+            return
+        if key in self._place:
+            placed, position = self._place[key]
+            yield from placed.places(position, wanted)
+            return
+        for shard in self._listed_shards.get(key, ()):
+            box = self.layout.box(shard)
+            if box == wanted or box.intersect(wanted) is not None:
+                yield self._listed_places[shard]
+
+    @functools.cached_property
+    def _listed_shards(self) -> dict[int, list[int]]:
+        """By key."""
+        found: dict[int, list[int]] = {}
+        for shard, key in enumerate(self.layout.shard_keys):
+            found.setdefault(key, []).append(shard)
+        return found
+
+    @functools.cached_property
+    def _listed_places(self) -> dict[int, Place]:
+        """By shard."""
+        found: dict[int, Place] = {}
+        for number, shards in enumerate(self.layout.units):
+            unit = self._listed(number)
+            if not unit.is_bundle:
+                found[shards[0]] = Place(shards[0], unit.first, unit.count, 0, 0)
+                continue
+            starts = list(itertools.accumulate(map(self.layout.shard_bytes, shards), initial=0))
+            for shard, start in zip(shards, starts, strict=False):
+                found[shard] = Place(shard, unit.first, 1, start, starts[-1])
+        return found
+
+    def shard_count(self, key: int) -> int:
+        """Shards of a key that have elements."""
+        if key in self._place:
+            placed, position = self._place[key]
+            return placed.spread.shard_count(position)
+        return len(self._listed_shards.get(key, ()))
+
+    def pieces(self, unit: Unit) -> list[list[Piece]]:
+        """For each chunk of a unit, what it holds."""
+        if not unit.is_bundle:
+            return [[piece] for piece in self.pieces_of(unit.shards[0])]
+        starts = itertools.accumulate(map(self.layout.shard_bytes, unit.shards), initial=0)
+        return [[self._whole(shard, start) for shard, start in zip(unit.shards, starts, strict=False)]]
+
+    def pieces_of(self, shard: int, place: Place | None = None) -> list[Piece]:
+        """A shard in pieces, as it is in the chunks from ``place.first`` on; without a place, as a unit of its own."""
+        if place is not None and place.bundle_bytes:
+            return [self._whole(shard, place.byte)]
+        layout = self.layout
+        shape, size = layout.shapes[layout.shard_key(shard)], layout.item_bytes(shard)
+        cuts = chunk_cuts(shape, size, layout.box(shard), layout.chunk_bytes)
+        return [Piece(shard, start, stop, 0) for start, stop in itertools.pairwise(cuts)]
+
+    def _whole(self, shard: int, byte: int) -> Piece:
+        return Piece(shard, 0, self.layout.box(shard).elements, byte)
 
     def sizes(self, numbers: Iterable[int]) -> Iterator[int]:
         """Raw bytes of each of these chunks, whose numbers ascend."""
@@ -144,55 +303,69 @@ class Chunks:
         pieces: list[list[Piece]] = []
         for number in numbers:
             if number not in unit:
-                found = bisect.bisect_right(self._unit_first, number) - 1
-                unit, pieces = self.unit_chunks(found), self.unit_pieces(found)
+                found = self.unit_at(number)
+                unit, pieces = range(found.first, found.first + found.count), self.pieces(found)
             yield self.raw_bytes(pieces[number - unit.start])
 
     def raw_bytes(self, pieces: Sequence[Piece]) -> int:
         """Raw bytes of a chunk that holds ``pieces``."""
         last = pieces[-1]
-        return last.byte + (last.stop - last.start) * self.item_bytes(last.shard)
+        return last.byte + (last.stop - last.start) * self.layout.item_bytes(last.shard)
 
-    def item_bytes(self, shard: int) -> int:
-        """Bytes an element of a shard."""
-        return item_bytes(self.layout.dtypes[self.layout.shard_keys[shard]])
+    # Writers.
 
     def writer(self, chunk: int) -> tuple[int, int]:
         """The rank that wrote a chunk, and the row of its table."""
+        if chunk >= self.listed:
+            return self._families[bisect.bisect_right(self._firsts, chunk) - 1].writer(chunk)
         run = bisect.bisect_right(self._run_first, chunk) - 1
         return self.layout.writers[run][0], self._run_row[run] + chunk - self._run_first[run]
 
-    def writers_of(self, chunks: range) -> set[int]:
-        """The ranks that wrote any of these chunks."""
-        first, last = (bisect.bisect_right(self._run_first, chunk) - 1 for chunk in (chunks.start, chunks.stop - 1))
-        return {rank for rank, _ in self.layout.writers[first : last + 1]}
+    def writers_of(self, place: Place) -> set[int]:
+        """The ranks that wrote any chunk of a shard's."""
+        first, last = place.first, place.first + place.count - 1
+        if first >= self.listed:
+            return self._families[bisect.bisect_right(self._firsts, first) - 1].writers_of(first, last)
+        low, high = (bisect.bisect_right(self._run_first, chunk) - 1 for chunk in (first, last))
+        return {rank for rank, _ in self.layout.writers[low : high + 1]}
+
+    @functools.cached_property
+    def _runs(self) -> dict[int, list[range]]:
+        """For each rank that writes listed units, its chunks of these."""
+        found: dict[int, list[range]] = {}
+        for (rank, count), first in zip(self.layout.writers, self._run_first, strict=False):
+            found.setdefault(rank, []).append(range(first, first + count))
+        return found
+
+    def runs_of(self, rank: int) -> list[range]:
+        """The chunks a rank writes, ascending: the order of the rows of its table."""
+        families = (placed.run_of(rank) for placed in self._families)
+        return [run for run in (*self._runs.get(rank, ()), *families) if run]
 
     def of_rank(self, rank: int) -> Iterator[tuple[int, list[Piece]]]:
         """The chunks a rank writes, as (chunk number, pieces), ascending: the order of the rows of its table."""
-        for run, (writer, count) in enumerate(self.layout.writers):
-            first = self._run_first[run]
-            chunk, end = first, first + count
-            while writer == rank and chunk < end:
-                unit = bisect.bisect_right(self._unit_first, chunk) - 1
-                pieces = self.unit_pieces(unit)
-                base = self._unit_first[unit]
-                stop = min(end, self._unit_first[unit + 1])
-                yield from ((number, pieces[number - base]) for number in range(chunk, stop))
+        for run in self.runs_of(rank):
+            chunk = run.start
+            while chunk < run.stop:
+                unit = self.unit_at(chunk)
+                pieces = self.pieces(unit)
+                stop = min(run.stop, unit.first + unit.count)
+                yield from ((number, pieces[number - unit.first]) for number in range(chunk, stop))
                 chunk = stop
 
 
-def decode_layout(data: bytes, digest: str) -> Layout:
-    """The layout whose stored bytes have ``digest``, with every rule checked; ``FormatError`` otherwise."""
+def decode_layout(data: bytes, digest: str) -> Chunks:
+    """The chunks of the layout whose stored bytes have ``digest``, every rule checked; ``FormatError`` otherwise."""
     name = names.layout(digest)
     if document.digest(data) != digest:
         raise FormatError(f"{name}: damaged: its bytes do not have the digest it is named by")
     layout: Layout = document.unpack_table(data, Layout, name)
-    check_layout(layout, name)
-    return layout
+    return check_layout(layout, name)
 
 
-def check_layout(layout: Layout, name: str) -> None:
-    """``FormatError`` or ``LimitExceeded``, naming ``name``, unless the layout keeps every rule of FORMAT.md."""
+def check_layout(layout: Layout, name: str) -> Chunks:
+    """The chunks of a layout. ``FormatError`` or ``LimitExceeded``, naming ``name``, unless it keeps every rule of
+    FORMAT.md."""
     check_chunk_bytes(layout.chunk_bytes, name)
     count = len(layout.keys)
     if not count == len(layout.owners) == len(layout.dtypes) == len(layout.shapes):
@@ -212,16 +385,20 @@ def check_layout(layout: Layout, name: str) -> None:
         raise FormatError(f"{name}: keys are not sorted, or one is there twice")
     if not len(layout.shard_keys) == len(layout.shard_offsets) == len(layout.shard_sizes):
         raise FormatError(f"{name}: columns of shards have different lengths")
+    _check_families(layout, name)
     _check_cover(layout, name)
     _check_units(layout, name)
     firsts = list(dict.fromkeys(layout.rank_nodes))
     if not firsts or firsts != list(range(len(firsts))):
         raise FormatError(f"{name}: nodes are not numbered 0, 1, ... by their lowest rank")
-    chunks = Chunks(layout)
+    if any(rank >= len(layout.rank_nodes) for rank, _ in layout.writers):
+        raise FormatError(f"{name}: a writer that is none of its {len(layout.rank_nodes)} ranks")
+    chunks = Chunks(layout, name)
     if len(chunks) > CHUNKS_MAX:
         raise LimitExceeded(f"{name}: {len(chunks)} chunks, at most {CHUNKS_MAX} are allowed")
-    if chunks.dealt != len(chunks) or any(rank >= len(layout.rank_nodes) for rank in chunks.rows):
-        raise FormatError(f"{name}: its writers do not cover its {len(chunks)} chunks exactly")
+    if chunks.dealt != chunks.listed:
+        raise FormatError(f"{name}: its writers do not cover its {chunks.listed} chunks exactly")
+    return chunks
 
 
 def _check_cover(layout: Layout, name: str) -> None:
@@ -234,16 +411,46 @@ def _check_cover(layout: Layout, name: str) -> None:
             raise FormatError(f"{name}: a key is tied to one that stores nothing")
         if layout.shapes[key] != layout.shapes[target] or layout.dtypes[key] != layout.dtypes[target]:
             raise FormatError(f"{name}: {layout.keys[key]} is tied to a tensor of another shape or dtype")
+    # What a mesh holds by the rule it holds exactly once.
+    ruled = {key for family in layout.families for key in family.tensors}
+    if ruled & aliases:
+        raise FormatError(f"{name}: a family holds a key that is tied to another")
     boxes: list[list[Box]] = [[] for _ in layout.keys]
     for shard, key in enumerate(layout.shard_keys):
-        if key >= len(layout.keys) or key in aliases:
-            raise FormatError(f"{name}: shard {shard} belongs to no stored key")
+        if key >= len(layout.keys) or key in aliases or key in ruled:
+            raise FormatError(f"{name}: shard {shard} belongs to no stored key, or to one of a family")
         box = layout.box(shard)
         check_inside(box, layout.shapes[key], f"{name}: {layout.keys[key]}")
         boxes[key].append(box)
     for key, parts in enumerate(boxes):
-        if parts if key in aliases else not covers_exactly(parts, layout.shapes[key]):
+        if parts if key in aliases or key in ruled else not covers_exactly(parts, layout.shapes[key]):
             raise FormatError(f"{name}: the shards of {layout.keys[key]} do not cover it exactly once")
+
+
+def _check_families(layout: Layout, name: str) -> None:
+    """Every family is a mesh of ranks of the job, and splits tensors that no other has over the same dimensions."""
+    if len(layout.families) > FAMILIES_MAX or sum(len(family.counts) for family in layout.families) > 4 * HOLDERS_MAX:
+        raise LimitExceeded(f"{name}: more than {FAMILIES_MAX} families, or than {HOLDERS_MAX} ranks in them")
+    seen: set[int] = set()
+    for family in layout.families:
+        if len(family.splits) != len(family.tensors) or len(family.counts) != 4 * math.prod(family.mesh.sizes):
+            raise FormatError(f"{name}: columns of a family have different lengths")
+        check_mesh(family.mesh, len(layout.rank_nodes), name)
+        axes = set(family.sharded)
+        if sorted(axes) != family.sharded or (axes and family.sharded[-1] >= len(family.mesh.sizes)):
+            raise FormatError(f"{name}: a family that is sharded over no dimensions of its mesh")
+        if not family.tensors or any(a >= b for a, b in itertools.pairwise(family.tensors)):
+            raise FormatError(f"{name}: the tensors of a family are not sorted, or it has none")
+        if family.tensors[-1] >= len(layout.keys) or not seen.isdisjoint(family.tensors):
+            raise FormatError(f"{name}: a family has a tensor that is not there, or that another has")
+        seen.update(family.tensors)
+        for key, splits in zip(family.tensors, family.splits, strict=True):
+            if layout.owners[key] != SHARED:
+                raise FormatError(f"{name}: {layout.keys[key]} is one rank's own, and in a family")
+            if len(splits) != len(axes) or {axis for _, axis in splits} != axes:
+                raise FormatError(f"{name}: {layout.keys[key]} is not split over the dimensions of its family")
+            if any(dim >= len(layout.shapes[key]) for dim, _ in splits):
+                raise FormatError(f"{name}: {layout.keys[key]} is split in a dimension it has not")
 
 
 def _check_units(layout: Layout, name: str) -> None:
@@ -356,7 +563,7 @@ def decode_part(data: bytes, info: PartInfo, attempt: str, layout: Layout, layou
     if [table.rank for table in part.tables] != ranks:
         raise FormatError(f"{name}: does not hold one table for each of ranks {ranks}")
     for table in part.tables:
-        _check_table(table, chunks.rows.get(table.rank, 0), layout.chunk_bytes, f"{name}, rank {table.rank}")
+        _check_table(table, chunks.row_count(table.rank), layout.chunk_bytes, f"{name}, rank {table.rank}")
     if any(len(blob) > VALUE_BYTES_MAX for blob in part.blobs):
         raise LimitExceeded(f"{name}: a value of more than {VALUE_BYTES_MAX} bytes")
     return part

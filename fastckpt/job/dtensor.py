@@ -1,17 +1,26 @@
-"""Which boxes of the whole tensor a DTensor's local part holds, and on which ranks: functions of its placements."""
+"""Which boxes of the whole tensor a DTensor's local part holds, and on which ranks: functions of its placements.
+
+Most placements split by the rule of ``format/families``. Then a rank need not say which box is its own.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, placement_types
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fastckpt.format.families import Mesh, mesh_of, split_box
 from fastckpt.format.shard import Box
 
+Splits = tuple[tuple[int, int], ...]
+"""Pairs (dimension of the tensor, dimension of the mesh)."""
 Run = tuple[int, int, int]
 """Of one dimension: where a run of indices starts in the local tensor, where in the whole, and how long it is."""
 
@@ -43,9 +52,51 @@ def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, Box]]:
     return boxes
 
 
-def mesh_ranks(tensor: DTensor) -> list[int]:
-    """The ranks among which the placements of ``tensor`` tell who holds what."""
-    return sorted(int(rank) for rank in tensor.device_mesh.mesh.flatten().tolist())
+def mesh_ranks(tensor: DTensor) -> tuple[Mesh, tuple[int, ...]]:
+    """The mesh of a tensor, and its ranks, sorted: those among which its placements tell who holds what."""
+    device_mesh = tensor.device_mesh
+    if device_mesh not in _MESHES:
+        ranks = device_mesh.mesh.numpy(force=True)
+        _MESHES[device_mesh] = mesh_of(ranks), tuple(sorted(ranks.reshape(-1).tolist()))
+    return _MESHES[device_mesh]
+
+
+_MESHES: weakref.WeakKeyDictionary[DeviceMesh, tuple[Mesh, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+
+def splits_of(tensor: DTensor, box: Box) -> Splits | None:
+    """How the rule splits a tensor of which this rank holds ``box``; None for placements that it does not describe."""
+    mesh = tensor.device_mesh
+    sizes = tuple(mesh.size(dim) for dim in range(mesh.ndim))
+    splits = _splits(tuple(tensor.shape), tuple(tensor.placements), sizes)
+    coordinate = mesh.get_coordinate()
+    if splits is None or coordinate is None:
+        return None
+    return splits if split_box(tensor.shape, splits, sizes, dict(enumerate(coordinate))) == box else None
+
+
+@lru_cache(maxsize=65536)
+def _splits(shape: tuple[int, ...], placements: Sequence[object], sizes: tuple[int, ...]) -> Splits | None:
+    found: list[tuple[int, int]] = []
+    strided: set[int] = set()
+    for axis, placement in reversed(list(enumerate(placements))):
+        if not isinstance(placement, ShardPlacement | _StridedShard) or sizes[axis] == 1:
+            continue
+        dim, at = placement.dim % len(shape), 0
+        if isinstance(placement, _StridedShard):
+            # It takes its part of each of ``split_factor`` parts, into which dimensions behind its own have cut.
+            strided.add(dim)
+            parts = 1
+            while parts != placement.split_factor and at < len(found):
+                other, behind = found[at]
+                parts *= sizes[behind] if other == dim else 1
+                at += 1
+            if parts != placement.split_factor:
+                return None
+        found.insert(at, (dim, axis))
+    if any(shape[dim] % math.prod(sizes[axis] for other, axis in found if other == dim) for dim in strided):
+        return None  # cut unevenly, it holds many runs
+    return tuple(found)
 
 
 @lru_cache(maxsize=65536)

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from fastckpt.format.chunk import chunk_hash
+from fastckpt.format.families import Mesh
 from fastckpt.format.shard import Box
 from fastckpt.job.tensors import Held
 from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer
@@ -23,8 +24,8 @@ class Outline:
     offer: RankOffer
     digest: bytes
     """Of ``offer``."""
-    own: Mapping[str, Offer]
-    """By key, the offers that are no other key's tensor."""
+    own: Mapping[str, tuple[Offer, Sequence[Box]]]
+    """By key, the offers that are no other key's tensor, and the boxes that this rank holds."""
     numbers: Mapping[tuple[str, Box], int]
     """Of views."""
     copied: Mapping[int, str]
@@ -61,7 +62,7 @@ def make_outline(held: Mapping[str, Held], aliases: Mapping[str, str], copy: Seq
             elif view.device.type == "cpu":
                 sampled.append((key, number))
                 sizes.append(view.numel() * view.element_size())
-    own = {each.key: each for each in offer.tensors if not each.alias}
+    own = {each.key: (each, [box for box, _ in held[each.key].pieces]) for each in offer.tensors if not each.alias}
     digest = chunk_hash(msgspec.msgpack.encode(offer))
     ends = list(itertools.accumulate(sizes))
     return Outline(offer, digest, own, numbers, copied, sampled, ends, frozenset(devices))
@@ -69,10 +70,20 @@ def make_outline(held: Mapping[str, Held], aliases: Mapping[str, str], copy: Seq
 
 def _offer(held: Mapping[str, Held], aliases: Mapping[str, str]) -> RankOffer:
     groups: dict[tuple[int, ...], int] = {}
+    meshes: list[Mesh] = []
+    numbers: dict[int, int] = {}
     tensors = []
     aliased = {alias: held[target] for alias, target in aliases.items()}
     for key, entry in sorted({**held, **aliased}.items()):
+        shape, alias = list(entry.shape), aliases.get(key, "")
+        if entry.rule is not None and entry.sharing == KNOWN:
+            if id(entry.rule.mesh) not in numbers:  # tensors of one mesh have one object
+                numbers[id(entry.rule.mesh)] = len(meshes)
+                meshes.append(entry.rule.mesh)
+            mesh, splits = numbers[id(entry.rule.mesh)], list(entry.rule.splits)
+            tensors.append(Offer(key, entry.dtype, shape, [], KNOWN, 0, alias, mesh, splits))
+            continue
         among = groups.setdefault(entry.among, len(groups)) if entry.sharing == KNOWN else 0
         boxes = [(list(box.offsets), list(box.sizes)) for box, _ in entry.pieces]
-        tensors.append(Offer(key, entry.dtype, list(entry.shape), boxes, entry.sharing, among, aliases.get(key, "")))
-    return RankOffer(tensors, [list(group) for group in groups] or [[]])
+        tensors.append(Offer(key, entry.dtype, shape, boxes, entry.sharing, among, alias))
+    return RankOffer(tensors, [list(group) for group in groups] or [[]], meshes)

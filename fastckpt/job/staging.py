@@ -26,7 +26,7 @@ from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
 from fastckpt.job.state import Description
 from fastckpt.job.values import torch_dtype
-from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer
+from fastckpt.plan.save_plan import Offer
 
 SAMPLES = 64
 """Pieces compared with the live tensors after staging."""
@@ -105,7 +105,6 @@ class Staging:
         self._outline = description.outline
         self.offer, self.digest = self._outline.offer, self._outline.digest
         self.mesh = description.mesh
-        self._world_size = world_size
         self._given_up = False
         self._events: dict[torch.device, torch.Event] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
@@ -124,24 +123,14 @@ class Staging:
         source = TensorSource(self._views[number], self)
         return source if number in self._outline.copied else _SampledSource(key, source, self._samples)
 
-    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
-        """For each of ``keys`` held here, a digest of sampled content; for None, a digest of the whole content of
-        every tensor that is not known to be equal wherever it is held."""
+    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
+        """For each of ``keys`` held here, a digest of sampled content, or of all of it."""
         own = self._outline.own
-        if keys is None:
-            keys = [key for key, offer in own.items() if not self._equal_everywhere(offer)]
-            return {key: self._digest(own[key], whole=True) for key in keys}
-        return {key: self._digest(own[key], whole=False) for key in keys if key in own}
+        return {key: self._digest(*own[key], whole) for key in keys if key in own}
 
-    def _equal_everywhere(self, offer: Offer) -> bool:
-        """Whether nothing has to be compared: a tensor on a part of the mesh may have holders beyond that part."""
-        known = offer.sharing == KNOWN and len(self.offer.groups[offer.among]) == self._world_size
-        return known or offer.sharing == LOWEST or self._world_size == 1
-
-    def _digest(self, offer: Offer, whole: bool) -> bytes:
+    def _digest(self, offer: Offer, boxes: Sequence[Box], whole: bool) -> bytes:
         content: list[bytes] = [offer.dtype.encode(), str(offer.shape).encode()]
-        for offsets, sizes in offer.boxes:
-            box = Box(tuple(offsets), tuple(sizes))
+        for box in boxes:
             view = self._views[self._outline.numbers[offer.key, box]]
             source = TensorSource(view, self)
             content.append(str(box).encode())

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fastckpt.errors import FormatError
 from fastckpt.format.dtype import ITEM_BYTES
+from fastckpt.format.families import Mesh
 from fastckpt.format.shard import Box, check_inside
 from fastckpt.job import dtensor, subclass
 from fastckpt.plan.save_plan import COMPARED, KNOWN, OWN
@@ -64,6 +65,16 @@ class Held:
     """Of a tensor subclass: what, beside its parts, makes it what it is, as ``subclass.record`` has it."""
     local: torch.Tensor | None = field(default=None, compare=False)
     """What ``pieces`` are views of, where that is a tensor of the state or the local part of one."""
+    rule: Rule | None = None
+    """Of ``KNOWN`` sharing: by which the only piece follows from the coordinate of this rank."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the ranks of a mesh split a tensor between them."""
+
+    mesh: Mesh
+    splits: dtensor.Splits
 
 
 def dtype_name(tensor: torch.Tensor, key: str) -> str:
@@ -83,8 +94,10 @@ def hold(
     if type(tensor) is DTensor:
         boxes = tuple((box, at) for box, at in dtensor.local_boxes(tensor, key) if box.elements)
         # Its placements say which ranks of its mesh hold equal boxes, wherever in the state it is.
-        among = tuple(dtensor.mesh_ranks(tensor))
-        portion = _Portion(tuple(tensor.shape), tensor.stride(), boxes, KNOWN, among, volatile)
+        mesh, among = dtensor.mesh_ranks(tensor)
+        splits = dtensor.splits_of(tensor, boxes[0][0]) if len(boxes) == 1 else None
+        rule = None if splits is None else Rule(mesh, splits)
+        portion = _Portion(tuple(tensor.shape), tensor.stride(), boxes, KNOWN, among, volatile, rule)
         return _hold_portion(key, subclass.settled(tensor._local_tensor), portion)
     if subclass.is_plain(tensor):
         box = Box.whole(tuple(tensor.shape))
@@ -122,6 +135,7 @@ class _Portion:
     sharing: int
     among: tuple[int, ...]
     volatile: bool
+    rule: Rule | None = None
 
 
 def _hold_portion(key: str, local: torch.Tensor, portion: _Portion) -> Held:
@@ -134,7 +148,8 @@ def _hold_portion(key: str, local: torch.Tensor, portion: _Portion) -> Held:
         )
         identity = _identity(local, portion.shape, pieces)
         sharing, among, volatile = portion.sharing, portion.among, portion.volatile
-        return Held(key, portion.shape, dtype, pieces, sharing, among, volatile, identity, local=local)
+        rule = portion.rule
+        return Held(key, portion.shape, dtype, pieces, sharing, among, volatile, identity, local=local, rule=rule)
     inner, context = _take_apart(key, local)
     parts = tuple(_hold_part(f"{key}.{name}", part, local, portion) for name, part in inner.items())
     boxes = [box for box, _ in portion.boxes] if any(_is_own(part) for part in parts) else None

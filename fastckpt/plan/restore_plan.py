@@ -230,35 +230,17 @@ def plan_reads(chunks: Chunks, wants: Sequence[Want]) -> list[ChunkRead]:
     """The chunks that hold any wanted element, ascending, each once, with everything in them that is wanted."""
     layout = chunks.layout
     stored = dict(layout.aliases)
-    by_key: dict[int, list[Want]] = {}
+    found: dict[int, list[Delivery]] = {}
+    raw_bytes: dict[int, int] = {}
     for want in wants:
-        by_key.setdefault(stored.get(want.key, want.key), []).append(want)
-    reads: list[ChunkRead] = []
-    for unit, shards in enumerate(layout.units):
-        wanted = {shard: by_key[key] for shard in shards if (key := layout.shard_keys[shard]) in by_key}
-        if not wanted:
-            continue
-        boxes = {shard: layout.box(shard) for shard in wanted}
-        if not any(_touch(boxes[shard], want.box) for shard, each in wanted.items() for want in each):
-            continue  # of many shards of one tensor, most: without a look at their chunks
-        pieces = chunks.unit_pieces(unit)
-        # One shard's pieces are in a chunk each; those of a bundle, one a shard, all in its only chunk.
-        of_shard = (
-            {shards[0]: [piece for (piece,) in pieces]} if len(shards) == 1 else {p.shard: [p] for p in pieces[0]}
-        )
-        found: dict[int, list[Delivery]] = {}
-        for shard, each in wanted.items():
-            box, mine = boxes[shard], of_shard[shard]
-            for want in each:
-                for at in _touched(box, mine, want.box):
-                    found.setdefault(at, []).append(Delivery(mine[at], box, want.target, want.box))
-        first = chunks.unit_chunks(unit).start
-        reads += [ChunkRead(first + at, chunks.raw_bytes(pieces[at]), tuple(found[at])) for at in sorted(found)]
-    return reads
-
-
-def _touch(shard: Box, wanted: Box) -> bool:
-    return shard == wanted or shard.intersect(wanted) is not None
+        for place in chunks.places(stored.get(want.key, want.key), want.box):
+            shard, box = place.shard, layout.box(place.shard)
+            pieces = chunks.pieces_of(shard, place)
+            for at in _touched(box, pieces, want.box):
+                chunk = place.first + at
+                found.setdefault(chunk, []).append(Delivery(pieces[at], box, want.target, want.box))
+                raw_bytes[chunk] = place.bundle_bytes or chunks.raw_bytes([pieces[at]])
+    return [ChunkRead(chunk, raw_bytes[chunk], tuple(found[chunk])) for chunk in sorted(found)]
 
 
 def _touched(shard: Box, pieces: Sequence[Piece], wanted: Box) -> Iterable[int]:

@@ -22,7 +22,6 @@ from fastckpt.buffers import Pool, Sink, in_pages
 from fastckpt.errors import FormatError, ObjectNotFound, RestoreError, SaveError, SnapshotDamaged, StorageError
 from fastckpt.format import codec
 from fastckpt.format.chunk import chunk_hash
-from fastckpt.format.dtype import item_bytes
 from fastckpt.format.tables import ChunkPlace, Layout
 from fastckpt.plan.restore_plan import ChunkRead, regions
 from fastckpt.storage.deadline import run_workers
@@ -349,7 +348,7 @@ class ChunkReader:
 
     def _damage(self, read: ChunkRead, place: ChunkPlace, what: str) -> SnapshotDamaged:
         first = read.deliveries[0]
-        key, box = self._layout.label(self._layout.shard_keys[first.piece.shard]), str(first.shard)
+        key, box = self._layout.label(self._layout.shard_key(first.piece.shard)), str(first.shard)
         return SnapshotDamaged(
             f"step {self._step}: {key} {box}: {place.pack} {what} at offset {place.offset} ({place.length} bytes). "
             "Nothing of it was used. Restore an earlier step, or run `fastckpt verify` to see what else is damaged",
@@ -376,7 +375,7 @@ class ChunkReader:
     def _deliver(self, read: ChunkRead, raw: memoryview) -> None:
         for delivery in read.deliveries:
             piece, shard, sink = delivery.piece, delivery.shard, self._sinks[delivery.target]
-            size = item_bytes(self._layout.dtypes[self._layout.shard_keys[piece.shard]])
+            size = self._layout.item_bytes(piece.shard)
             if shard == delivery.box and piece.stop - piece.start == shard.elements:
                 sink.place(shard.offsets, shard.sizes, raw[piece.byte : piece.byte + shard.elements * size])
                 continue

@@ -7,7 +7,6 @@ anything else (another world size, other bundles) both are read and verified, a 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from fastckpt.format.chunk import chunk_cuts
 from fastckpt.format.dtype import item_bytes
+from fastckpt.format.families import Place
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.plan.restore_plan import Want
 from fastckpt.repository.reader import ArraySink, Snapshot
@@ -113,15 +113,6 @@ class _Side:
             identity: number for number, identity in enumerate(zip(layout.keys, layout.owners, strict=True))
         }
         self._stored_by = dict(layout.aliases)
-        self._shards: dict[int, list[int]] = {}
-        for shard, number in enumerate(layout.shard_keys):
-            self._shards.setdefault(number, []).append(shard)
-        self._unit = [0] * len(layout.shard_keys)
-        self._start = [0] * len(layout.shard_keys)
-        for unit, shards in enumerate(layout.units):
-            starts = itertools.accumulate((layout.shard_bytes(shard) for shard in shards), initial=0)
-            for shard, start in zip(shards, starts, strict=False):
-                self._unit[shard], self._start[shard] = unit, start
 
     def form(self, identity: Identity) -> Form:
         number = self.numbers[identity]
@@ -134,13 +125,8 @@ class _Side:
         number = self.numbers[identity]
         return self._stored_by.get(number, number)
 
-    def shards(self, number: int) -> dict[Box, int]:
-        return {self.layout.box(shard): shard for shard in self._shards.get(number, ())}
-
-    def chunks(self, shard: int) -> tuple[range, int, bool]:
-        """The chunks that hold a shard, at which of their bytes it starts, and whether they hold others too."""
-        unit = self._unit[shard]
-        return self.snapshot.chunks.unit_chunks(unit), self._start[shard], len(self.layout.units[unit]) > 1
+    def places(self, number: int) -> dict[Box, Place]:
+        return {self.layout.box(place.shard): place for place in self.snapshot.chunks.places(number)}
 
     def hash(self, chunk: int) -> bytes:
         return self.snapshot.place(chunk).hash
@@ -148,21 +134,16 @@ class _Side:
 
 def _changed_by_hashes(a: _Side, b: _Side, pair: Pair) -> int | None:
     """Bytes of the chunks that differ; None where hashes do not decide it."""
-    ours, theirs = a.shards(pair[0]), b.shards(pair[1])
+    ours, theirs = a.places(pair[0]), b.places(pair[1])
     if ours.keys() != theirs.keys():
         return None
     count = 0
-    for box, shard in ours.items():
-        chunks_a, start_a, bundled_a = a.chunks(shard)
-        chunks_b, start_b, bundled_b = b.chunks(theirs[box])
-        if (len(chunks_a), start_a) != (len(chunks_b), start_b):
+    for box, one in ours.items():
+        other = theirs[box]
+        if (one.count, one.byte) != (other.count, other.byte):
             return None
-        differing = [
-            position
-            for position, (one, other) in enumerate(zip(chunks_a, chunks_b, strict=True))
-            if a.hash(one) != b.hash(other)
-        ]
-        if differing and (bundled_a or bundled_b):
+        differing = [at for at in range(one.count) if a.hash(one.first + at) != b.hash(other.first + at)]
+        if differing and (one.bundle_bytes or other.bundle_bytes):
             return None
         if differing:
             item = item_bytes(a.layout.dtypes[pair[0]])

@@ -131,10 +131,10 @@ class Snapshot:
             if self._chunks is None:
                 digest, name = self.index.layout, names.layout(self.index.layout)
                 data = self._metadata(name, document.TABLE_BYTES_MAX)
-                layout = self._undamaged(name, lambda: decode_layout(data, digest))
-                if max(layout.rank_nodes, default=-1) + 1 != len(self.index.parts):
+                chunks: Chunks = self._undamaged(name, lambda: decode_layout(data, digest))
+                if max(chunks.layout.rank_nodes, default=-1) + 1 != len(self.index.parts):
                     raise self._damaged(name, "has not as many nodes as the index has parts")
-                self._chunks = Chunks(layout)
+                self._chunks = chunks
             return self._chunks
 
     @property
@@ -283,12 +283,11 @@ class Snapshot:
     def _check_tables(self, wants: Sequence[Want]) -> None:
         """Plans take memory for each chunk; first the tables must prove that a tensor of very many has them."""
         stored = dict(self.layout.aliases)
-        wanted = {stored.get(want.key, want.key) for want in wants}
-        for unit, shards in enumerate(self.layout.units):
-            chunks = self.chunks.unit_chunks(unit)
-            if len(chunks) > 10_000 and self.layout.shard_keys[shards[0]] in wanted:
-                for rank in self.chunks.writers_of(chunks):
-                    self.table(rank)
+        for want in wants:
+            for place in self.chunks.places(stored.get(want.key, want.key), want.box):
+                if place.count > 10_000:
+                    for rank in self.chunks.writers_of(place):
+                        self.table(rank)
 
 
 class ArraySink:

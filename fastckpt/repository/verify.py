@@ -9,7 +9,6 @@ A restore stops at the first damage; here damage to one object never hides damag
 
 from __future__ import annotations
 
-import bisect
 import concurrent.futures
 import functools
 import threading
@@ -170,8 +169,7 @@ class _SnapshotCheck:
         self._total = 0
 
     def run(self) -> list[Damage]:
-        root = self._root()
-        if root is None:
+        if not self._root():
             return self._found
         parts = [part for node in range(len(self._snapshot.index.parts)) if (part := self._part(node)) is not None]
         self._check_values(parts)
@@ -179,8 +177,7 @@ class _SnapshotCheck:
         self._total = sum(info.size for table in tables for info in table.packs)
         # Chunk numbers of each rank in the order of its rows, and where each unit starts.
         self._numbers = _chunk_numbers(self._snapshot, {table.rank for table in tables})
-        self._unit_first = [self._snapshot.chunks.unit_chunks(u).start for u in range(len(root))]
-        self._unit_pieces = functools.lru_cache(maxsize=16)(self._snapshot.chunks.unit_pieces)
+        self._unit_pieces = functools.lru_cache(maxsize=16)(self._snapshot.chunks.pieces)
         self._report(0)
         with concurrent.futures.ThreadPoolExecutor(READ_THREADS, "fastckpt-verify") as executor:
             futures = [
@@ -207,14 +204,14 @@ class _SnapshotCheck:
 
     # Metadata.
 
-    def _root(self) -> Sequence[Sequence[int]] | None:
-        """The units of the layout; None if index or layout are damaged, and then nothing else can be understood."""
+    def _root(self) -> bool:
+        """Whether index and layout can be read; if not, nothing else can be understood."""
         snapshot = self._snapshot
         try:
             index = snapshot.index
             if index.step != snapshot.step or index.bytes != snapshot.bytes:
                 self._add(names.index(snapshot.attempt), "names another step or size than its COMMIT")
-            return snapshot.layout.units
+            return snapshot.world_size > 0
         except (SnapshotDamaged, FormatError) as error:
             damaged = error.object if isinstance(error, SnapshotDamaged) else None
             self._add(damaged or names.index(snapshot.attempt), str(error))
@@ -222,7 +219,7 @@ class _SnapshotCheck:
             if error.transient:
                 raise
             self._add(names.index(snapshot.attempt), f"cannot be read ({error})")
-        return None
+        return False
 
     def _part(self, node: int) -> Part | None:
         name = names.part(self._snapshot.attempt, node)
@@ -370,14 +367,14 @@ class _SnapshotCheck:
         return _Chunk(number, rows.place(row), self._snapshot.chunks.raw_bytes(self._pieces(number)))
 
     def _pieces(self, number: int) -> list[Piece]:
-        unit = bisect.bisect_right(self._unit_first, number) - 1
-        return self._unit_pieces(unit)[number - self._unit_first[unit]]
+        unit = self._snapshot.chunks.unit_at(number)
+        return self._unit_pieces(unit)[number - unit.first]
 
     def _blame(self, number: int, name: str, offset: int, what: str) -> None:
         """One entry for each shard that the chunk holds something of."""
         layout = self._snapshot.layout
         for shard in dict.fromkeys(piece.shard for piece in self._pieces(number)):
-            key = layout.label(layout.shard_keys[shard])
+            key = layout.label(layout.shard_key(shard))
             self._add(name, what, key=key, shard=str(layout.box(shard)), offset=offset)
 
     def _lost(self, table: RankTable, rows: Rows, lost: npt.NDArray[Any], info: PackInfo, what: str) -> None:
@@ -388,7 +385,7 @@ class _SnapshotCheck:
             for piece in self._pieces(int(self._numbers[table.rank][row])):
                 if piece.shard not in seen:
                     seen.add(piece.shard)
-                    key = layout.label(layout.shard_keys[piece.shard])
+                    key = layout.label(layout.shard_key(piece.shard))
                     offset = int(rows.offset[row])
                     self._add(info.name, what, key=key, shard=str(layout.box(piece.shard)), offset=offset)
 
@@ -417,13 +414,12 @@ def _value_problem(blob: bytes) -> str:
 
 
 def _chunk_numbers(snapshot: Snapshot, ranks: set[int]) -> dict[int, npt.NDArray[np.int64]]:
-    runs: dict[int, list[npt.NDArray[np.int64]]] = {}
-    first = 0
-    for rank, count in snapshot.layout.writers:
-        if rank in ranks:
-            runs.setdefault(rank, []).append(np.arange(first, first + count, dtype=np.int64))
-        first += count
-    return {rank: np.concatenate(pieces) for rank, pieces in runs.items()}
+    runs = {rank: snapshot.chunks.runs_of(rank) for rank in ranks}
+    return {
+        rank: np.concatenate([np.arange(run.start, run.stop, dtype=np.int64) for run in found])
+        for rank, found in runs.items()
+        if found
+    }
 
 
 def _runs(rows: Rows, ordered: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

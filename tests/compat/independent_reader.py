@@ -10,6 +10,7 @@ import decimal
 import itertools
 import json
 import math
+import operator
 import pathlib
 import re
 import struct
@@ -33,6 +34,8 @@ SNAPSHOT_FIELDS = ["step", "attempt", "decision", "created", "bytes", "index", "
 INDEX_FIELDS = ["attempt", "step", "layout", "layout_bytes", "parts", "bytes", "stored_bytes", "environment"]
 LAYOUT_FIELDS = ["chunk_bytes", "keys", "owners", "dtypes", "shapes", "aliases", "shard_keys", "shard_offsets"]
 LAYOUT_FIELDS += ["shard_sizes", "units", "writers", "rank_nodes"]
+FAMILY_FIELDS = ["mesh", "sharded", "tensors", "splits", "counts"]
+MESH_FIELDS = ["sizes", "start", "strides", "ranks"]
 PART_FIELDS = ["attempt", "node", "layout", "tables", "blobs"]
 TABLE_FIELDS = ["rank", "packs", "pack", "offset", "length", "codec", "hashes", "stored_hashes", "values"]
 FOOTER_FIELDS = ["attempt", "writer", "number", "lengths", "codecs", "hashes"]
@@ -148,11 +151,13 @@ def sealed(data, what):
     return value
 
 
-def table(data, names, what):
+def table(data, names, what, last=None):
+    """The fields of a table, among them perhaps a ``last`` one."""
     need(len(data) >= 16 and data[:8] == b"FCKTAB01", f"{what}: not a table")
     (size,) = struct.unpack_from("<Q", data, 8)
     need(size <= 256 << 20, f"{what}: too long")
-    return fields(unpacked(decompressed(data[16:], size)), names, what)
+    value = unpacked(decompressed(data[16:], size))
+    return fields(value, [*names, last] if isinstance(value, dict) and last in value else names, what)
 
 
 # Layout --------------------------------------------------------------------------------------------------------------
@@ -162,8 +167,9 @@ class Layout:
     """What a layout says: `chunks` is a list of (rank, [(shard, first byte, bytes), ...])."""
 
     def __init__(self, data):
-        t = table(data, LAYOUT_FIELDS, "layout")
-        need(all(isinstance(t[name], list) for name in LAYOUT_FIELDS[1:]), "layout: a column is no list")
+        t = table(data, LAYOUT_FIELDS, "layout", "families")
+        need(all(isinstance(t[name], list) for name in t if name != "chunk_bytes"), "layout: a column is no list")
+        need(t.get("families") != [], "layout: families, but none")
         self.chunk_bytes = t["chunk_bytes"]
         need(self.chunk_bytes in [2**n for n in range(12, 27)], "layout: chunk size")
         self.rank_nodes = t["rank_nodes"]
@@ -181,10 +187,14 @@ class Layout:
             need((self.dtypes[i], self.shapes[i]) == (self.dtypes[j], self.shapes[j]), "layout: alias of another type")
         self.shards = list(zip(t["shard_keys"], t["shard_offsets"], t["shard_sizes"], strict=False))
         need(len({len(t[n]) for n in ("shard_keys", "shard_offsets", "shard_sizes")}) == 1, "layout: shard columns")
+        self.families = t.get("families", [])
+        self._check_families()
         self._check_shards()
         self.chunks = []
         self._number_chunks(t["units"])
         self._deal(t["writers"])
+        for family in self.families:
+            self._add_family(family)
 
     def item_bytes(self, tensor):
         return DTYPES[self.dtypes[tensor]].itemsize
@@ -223,7 +233,8 @@ class Layout:
                 need(whole(offset) and whole(size, 1) and offset + size <= end, "layout: box outside its tensor")
             boxes[tensor].append((offsets, sizes))
         for tensor, shape in enumerate(self.shapes):
-            if tensor in self.aliases:
+            if tensor in self.aliases or tensor in self.in_family:
+                need(not boxes[tensor], "layout: shards of a tensor that has none")
                 continue
             mine = sorted(boxes[tensor])
             need(sum(math.prod(sizes) for _, sizes in mine) == math.prod(shape), "layout: tensor not covered once")
@@ -275,6 +286,85 @@ class Layout:
                 need(sum(size for _, _, size in bundle) <= self.chunk_bytes // 4, "layout: large bundle")
                 self.chunks.append(bundle)
         need(all(seen), "layout: shard in no unit")
+
+    def _check_families(self):
+        self.in_family = set()
+        need(len(self.families) <= 4096, "layout: too many families")
+        for family in self.families:
+            fields(family, FAMILY_FIELDS, "family")
+            mesh = fields(family["mesh"], MESH_FIELDS, "mesh")
+            need(isinstance(family["counts"], bytes), "family: counts")
+            columns = [mesh["sizes"], mesh["strides"], mesh["ranks"], family["sharded"], family["tensors"]]
+            need(
+                all(isinstance(c, list) and all(map(whole, c)) for c in columns), "family: a column is no list of ints"
+            )
+            sizes, axes, tensors = mesh["sizes"], family["sharded"], family["tensors"]
+            need(len(sizes) <= 64 and 0 not in sizes and whole(mesh["start"]), "mesh: bad sizes")
+            need(math.prod(sizes) <= len(self.rank_nodes), "mesh: more ranks than there are")
+            if mesh["ranks"]:
+                need(not mesh["strides"] and not mesh["start"], "mesh: listed, and not")
+                ranks = mesh["ranks"]
+            else:
+                need(len(mesh["strides"]) == len(sizes), "mesh: strides")
+                grid = itertools.product(*(range(size) for size in sizes))
+                ranks = [mesh["start"] + sum(map(operator.mul, at, mesh["strides"])) for at in grid]
+            need(len(set(ranks)) == len(ranks) == math.prod(sizes), "mesh: a rank twice, or missing")
+            need(max(ranks) < len(self.rank_nodes), "mesh: no rank of the job")
+            need(axes == sorted(set(axes)) and all(axis < len(sizes) for axis in axes), "family: sharded")
+            need(tensors and tensors == sorted(set(tensors)) and tensors[-1] < len(self.keys), "family: tensors")
+            need(not self.in_family & set(tensors), "family: a tensor of another")
+            self.in_family |= set(tensors)
+            need(isinstance(family["splits"], list) and len(family["splits"]) == len(tensors), "family: splits")
+            for tensor, splits in zip(tensors, family["splits"], strict=True):
+                need(self.owners[tensor] == -1 and tensor not in self.aliases, "family: one rank's own, or tied")
+                need(isinstance(splits, list), "family: splits")
+                for pair in splits:
+                    need(
+                        isinstance(pair, list) and len(pair) == 2 and all(map(whole, pair)), "family: split is no pair"
+                    )
+                    need(pair[0] < len(self.shapes[tensor]), "family: split of no dimension")
+                need(sorted(axis for _, axis in splits) == axes, "family: split over other dimensions")
+            need(len(family["counts"]) == 4 * len(ranks), "family: counts")
+            family["array"] = np.array(ranks, object).reshape(sizes)
+
+    def _add_family(self, family):
+        """Numbers its shards and chunks behind those that are there."""
+        sizes, axes = family["mesh"]["sizes"], family["sharded"]
+        counts = iter(struct.unpack(f"<{len(family['counts']) // 4}I", family["counts"]))
+        for at in itertools.product(*(range(sizes[axis]) for axis in axes)):
+            coordinate = dict(zip(axes, at, strict=True))
+            first, bundle, single = len(self.chunks), [], []
+            for tensor, splits in zip(family["tensors"], family["splits"], strict=True):
+                box = [[0, size] for size in self.shapes[tensor]]
+                for dim, axis in splits:
+                    start, stop = box[dim]
+                    step = math.ceil((stop - start) / sizes[axis])
+                    low = min(start + step * coordinate[axis], stop)
+                    box[dim] = [low, min(low + step, stop)]
+                if any(low == high for low, high in box):
+                    continue
+                shard = len(self.shards)
+                self.shards.append((tensor, [low for low, _ in box], [high - low for low, high in box]))
+                size = self.shard_bytes(shard)
+                if size > self.chunk_bytes // 64:
+                    single.append(shard)
+                    continue
+                if bundle and sum(piece[2] for piece in bundle) + size > self.chunk_bytes // 4:
+                    self.chunks.append(bundle)
+                    bundle = []
+                bundle.append((shard, 0, size))
+            if bundle:
+                self.chunks.append(bundle)
+            for shard in single:
+                for start, size in self._cuts(shard):
+                    self.chunks.append([(shard, start, size)])
+                    need(len(self.chunks) <= 10**7, "layout: too many chunks")
+            holders = family["array"][tuple(coordinate.get(axis, slice(None)) for axis in range(len(sizes)))]
+            for rank in holders.reshape(-1) if isinstance(holders, np.ndarray) else [holders]:
+                count = next(counts)
+                self.by_rank[rank].extend(range(first, first + count))
+                first += count
+            need(first == len(self.chunks), "family: counts of other chunks")
 
     def _deal(self, writers):
         self.by_rank = [[] for _ in self.rank_nodes]
@@ -432,7 +522,7 @@ class Repository:
         data = self.read("FORMAT", limit=64 << 20)
         head = sealed(data, "FORMAT")
         need(isinstance(head, dict) and whole(head.get("version"), 1, 1), "FORMAT: unknown version")
-        need(head.get("features") == [], "FORMAT: unknown features")
+        need(head.get("features") in ([], ["meshes"]), "FORMAT: unknown features")
         fields(head, FORMAT_FIELDS, "FORMAT")
         size = head["chunk_bytes"]
         need(whole(size, 4096, 64 << 20) and size & (size - 1) == 0, "FORMAT: bad chunk_bytes")

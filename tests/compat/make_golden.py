@@ -24,6 +24,9 @@ import torch
 import torch.distributed as dist
 from blake3 import blake3
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import fastckpt
 from fastckpt.format import names
@@ -319,6 +322,57 @@ def _rank(rank: int, port: int, folder: str) -> list[dict[str, Any]]:
     return found
 
 
+def four_ranks(folder: Path) -> list[dict[str, Any]]:
+    """Four ranks on two nodes, in meshes: copies, shards, both, uneven, empty, long rows, a dimension cut twice."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with torch.multiprocessing.get_context("spawn").Pool(4) as pool:
+        results = pool.starmap(_mesh_rank, [(rank, server.port, str(folder)) for rank in range(4)], chunksize=1)
+    return [
+        {**step, "values": [one["values"] for one in ranks]} for step, *ranks in zip(results[0], *results, strict=True)
+    ]
+
+
+@mock.patch("fastckpt.checkpointer.environment", mock.Mock(return_value=ENVIRONMENT))
+@mock.patch("fastckpt.job.group._node", mock.Mock(side_effect=lambda: f"node {dist.get_rank() // 2}"))
+def _mesh_rank(rank: int, port: int, folder: str) -> list[dict[str, Any]]:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    one = init_device_mesh("cpu", (4,))
+    two = init_device_mesh("cpu", (2, 2))
+    other = DeviceMesh("cpu", torch.tensor([[3, 0], [2, 1]]))
+    placed = {
+        "rows": (one, [Shard(0)], (37, 100)),  # ten rows a chunk, and parts of ten, ten, ten and seven
+        "few": (one, [Shard(0)], (2, 600)),  # two ranks hold nothing
+        "copies": (one, [Replicate()], (3, 1500)),
+        "number": (one, [Replicate()], ()),
+        "none": (one, [Shard(0)], (0, 4)),
+        "hybrid": (two, [Replicate(), Shard(0)], (50, 90)),
+        "wide": (two, [Shard(0), Shard(1)], (3, 2201)),  # a row is longer than a chunk
+        "twice": (two, [Shard(0), Shard(0)], (7, 30)),
+        "strided": (two, [_StridedShard(0, split_factor=2), Shard(0)], (16, 90)),
+        "other": (other, [Shard(1), Replicate()], (5, 41)),
+        **{f"tiny.{number}": (one, [Shard(0)], (number % 9, 2)) for number in range(40)},
+    }
+    found = []
+    options = fastckpt.Options(chunk_bytes=CHUNK_BYTES, codec="zstd", fence="explicit")
+    with fastckpt.Checkpointer(folder, options=options) as ckpt:
+        for step in (1, 2):
+            generator = torch.Generator().manual_seed(step)
+            whole = {
+                key: torch.randint(0, 9, shape, generator=generator).float() for key, (_, _, shape) in placed.items()
+            }
+            state: dict[str, Any] = {
+                key: distribute_tensor(whole[key], mesh, placements) for key, (mesh, placements, _) in placed.items()
+            }
+            tied = {"tied": state["rows"], "plain": torch.arange(5.0) + step}
+            ckpt.save(step, {**state, **tied}).wait()
+            tensors = {key: of_tensor(tensor) for key, tensor in {**whole, **tied, "tied": whole["rows"]}.items()}
+            found.append({"step": step, "tensors": tensors, "values": {}})
+    dist.destroy_process_group()
+    return found
+
+
 def main(folder: Path) -> None:
     if folder.exists():
         sys.exit(f"{folder} is there already")
@@ -326,6 +380,7 @@ def main(folder: Path) -> None:
         "v1-raw": one_rank(folder / "v1-raw", "raw"),
         "v1-zstd": one_rank(folder / "v1-zstd", "zstd"),
         "v1-two-ranks": two_ranks(folder / "v1-two-ranks"),
+        "v1-meshes": four_ranks(folder / "v1-meshes"),
     }
     for step in itertools.chain.from_iterable(found.values()):
         step["tensors"] = dict(sorted(step["tensors"].items()))

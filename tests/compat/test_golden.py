@@ -101,6 +101,10 @@ def test_the_golden_repositories_hold_what_is_hard_to_read() -> None:
             seen |= {"alias" for _ in layout.aliases}
             seen |= {"own tensor" for owner in layout.owners if owner >= 0}
             seen |= {f"{len(set(layout.rank_nodes))} nodes"}
+            for family in layout.families:
+                seen |= {"listed mesh" if family["mesh"]["ranks"] else "mesh", f"split in {len(family['sharded'])}"}
+                seen |= {"copies of parts" for _ in family["sharded"] if len(family["mesh"]["sizes"]) > 1}
+                seen |= {"cut twice" for splits in family["splits"] if len({dim for dim, _ in splits}) < len(splits)}
             seen |= {"empty tensor" for shape in layout.shapes if 0 in shape}
             seen |= {"no dimensions" for shape in layout.shapes if not shape}
             for tensor, _, sizes in layout.shards:
@@ -111,6 +115,7 @@ def test_the_golden_repositories_hold_what_is_hard_to_read() -> None:
     assert seen == {
         *("codec 0", "codec 1", "bundle", "alias", "own tensor", "1 nodes", "2 nodes"),
         *("empty tensor", "no dimensions", "long row", "part of a long row"),
+        *("mesh", "listed mesh", "split in 0", "split in 1", "split in 2", "copies of parts", "cut twice"),
     }
 
 

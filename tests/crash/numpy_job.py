@@ -137,12 +137,8 @@ class State:
         self.values = {name: value.encode(plain) for name, plain in stored_values(step, rank).items()}
         self.labels = Labels(note=f"{step} of {size}")
 
-    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
-        return {
-            key: chunk_hash(array.tobytes())
-            for (key, _), array in self._arrays.items()
-            if (self._spec[key].sharing in (COMPARED, OWN) if keys is None else key in keys)
-        }
+    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
+        return {key: chunk_hash(array.tobytes()) for (key, _), array in self._arrays.items() if key in keys}
 
     def source(self, key: str, box: Box) -> ArraySource:
         return ArraySource(self._arrays[key, box])

@@ -334,14 +334,14 @@ class Stored:
 def chunks_by_pack(snapshot: Snapshot) -> dict[str, list[Stored]]:
     """In order of offset."""
     layout, found = snapshot.layout, {}  # type: ignore[var-annotated]
-    for unit in range(len(layout.units)):
-        for chunk, pieces in zip(snapshot.chunks.unit_chunks(unit), snapshot.chunks.unit_pieces(unit), strict=True):
+    for unit in snapshot.chunks.units():
+        for chunk, pieces in enumerate(snapshot.chunks.pieces(unit), unit.first):
             contents = []
             for piece in pieces:
                 box = layout.box(piece.shard)
                 inside = np.unravel_index(piece.start, box.sizes) if box.sizes else ()
                 at = tuple(slice(low + int(i), low + int(i) + 1) for low, i in zip(box.offsets, inside, strict=True))
-                contents.append(Content(layout.label(layout.shard_keys[piece.shard]), str(box), at))
+                contents.append(Content(layout.label(layout.shard_key(piece.shard)), str(box), at))
             place = snapshot.place(chunk)
             found.setdefault(place.pack, []).append(Stored(place, tuple(contents)))
     return {pack: sorted(chunks, key=lambda stored: stored.place.offset) for pack, chunks in found.items()}

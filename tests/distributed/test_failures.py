@@ -269,19 +269,18 @@ def damage(snapshot: fastckpt.Snapshot, key: str, element: int) -> tuple[str, in
     number = snapshot.key_number(key)
     layout, chunks = snapshot.layout, snapshot.chunks
     columns = layout.shapes[number][1]
-    for unit, shards in enumerate(layout.units):
-        for chunk, pieces in zip(chunks.unit_chunks(unit), chunks.unit_pieces(unit), strict=True):
+    for unit in chunks.units():
+        for chunk, pieces in enumerate(chunks.pieces(unit), unit.first):
             for piece in pieces:
                 box = layout.box(piece.shard)
                 first = box.offsets[0] * columns + piece.start
-                if layout.shard_keys[piece.shard] == number and first <= element < first + piece.stop - piece.start:
+                if layout.shard_key(piece.shard) == number and first <= element < first + piece.stop - piece.start:
                     place = snapshot.place(chunk)
                     with open(f"{snapshot._store.url.removeprefix('file://')}/{place.pack}", "r+b") as file:
                         file.seek(place.offset + 5)
                         byte = file.read(1)[0]
                         file.seek(place.offset + 5)
                         file.write(bytes([byte ^ 16]))
-                    assert shards
                     return place.pack, place.offset
     raise AssertionError("no such element")
 

@@ -5,6 +5,7 @@ Whoever makes bad metadata begins here: bytes that merely are damaged stop at a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import numpy as np
 from fastckpt.format import document, pack, value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Abort, Commit, Format, Live, Open, decode_decision, decode_format
+from fastckpt.format.families import Family, Mesh
 from fastckpt.format.tables import (
     Chunks,
     Index,
@@ -48,6 +50,36 @@ LAYOUT = Layout(
     units=[[0], [1], [2, 3]],
     writers=[(0, 2), (1, 1)],
     rank_nodes=[0, 1],
+)
+RULED = Layout(
+    chunk_bytes=4096,
+    keys=["a", "b", "c", "d"],
+    owners=[-1] * 4,
+    dtypes=["float32", "float32", "int8", "float64"],
+    shapes=[[8, 256], [5, 3], [], [2, 2]],
+    aliases=[],
+    shard_keys=[3],
+    shard_offsets=[[0, 0]],
+    shard_sizes=[[2, 2]],
+    units=[[0]],
+    writers=[(1, 1)],
+    rank_nodes=[0, 0, 1, 1],
+    families=[
+        Family(
+            mesh=Mesh(sizes=[2, 2], start=0, strides=[1, 2], ranks=[]),
+            sharded=[1],
+            tensors=[0, 1],
+            splits=[[(0, 1)], [(1, 1)]],
+            counts=np.array([1, 1, 1, 1], "<u4").tobytes(),
+        ),
+        Family(
+            mesh=Mesh(sizes=[3], start=0, strides=[], ranks=[3, 0, 1]),
+            sharded=[],
+            tensors=[2],
+            splits=[[]],
+            counts=np.array([0, 1, 0], "<u4").tobytes(),
+        ),
+    ],
 )
 TABLE = RankTable(
     rank=0,
@@ -143,21 +175,21 @@ def join(tree: dict[str, Any]) -> bytes:
 
 
 def read_layout(data: bytes) -> Layout:
-    layout = decode_layout(data, document.digest(data))
+    chunks = decode_layout(data, document.digest(data))
+    layout = chunks.layout
     # What passed can be used: every chunk has pieces, a size and a writer.
-    chunks = Chunks(layout)
-    for unit in range(min(len(layout.units), 8)):
-        if chunks.unit_chunks(unit).stop - chunks.unit_chunks(unit).start > 1000:
+    for unit in itertools.islice(chunks.units(), 8):
+        if unit.count > 1000:
             continue
-        for number, pieces in zip(chunks.unit_chunks(unit)[:8], chunks.unit_pieces(unit)[:8], strict=False):
+        for number, pieces in enumerate(chunks.pieces(unit)[:8], unit.first):
             assert 0 < chunks.raw_bytes(pieces) <= layout.chunk_bytes
             assert chunks.writer(number)[0] < len(layout.rank_nodes)
     aliases = {key for key, _ in layout.aliases}
     for key, shape in enumerate(layout.shapes):
         if len(shape) <= 32 and math.prod(shape) <= 4096:
             held = np.zeros(shape, "u1")
-            for shard in (shard for shard, of in enumerate(layout.shard_keys) if of == key):
-                held[layout.box(shard).slices()] += 1
+            for place in chunks.places(key) if key not in aliases else ():
+                held[layout.box(place.shard).slices()] += 1
             assert (held == (key not in aliases)).all()
     return layout
 
@@ -210,7 +242,7 @@ _json, _msgpack = msgspec.json.encode, msgspec.msgpack.encode
 KINDS = {
     "FORMAT": Kind(decode_format, seal, _json, [FORMAT]),
     "decision": Kind(read_decision, seal, _json, DECISIONS),
-    "layout": Kind(read_layout, table, _msgpack, [LAYOUT]),
+    "layout": Kind(read_layout, table, _msgpack, [LAYOUT, RULED]),
     "part": Kind(read_part, table, _msgpack, [PART]),
     "index": Kind(read_index, seal, _json, [INDEX]),
     "footer": Kind(read_pack, close, _msgpack, [FOOTER]),

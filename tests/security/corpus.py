@@ -1037,6 +1037,76 @@ def boxes_that_are_hard_to_compare_and_of_the_right_size(author: Author) -> None
     author.layout["units"].append([count + 1])
 
 
+def family(**changes: Any) -> dict[str, Any]:
+    """One rank's, of one tensor."""
+    mesh = {"sizes": [1], "start": 0, "strides": [1], "ranks": []}
+    found = {"mesh": mesh, "sharded": [0], "tensors": [0], "splits": [[[0, 0]]], "counts": b"\1\0\0\0"}
+    return {**found, **{key: value for key, value in changes.items() if key in found}} | {
+        "mesh": {**mesh, **{key: value for key, value in changes.items() if key in mesh}}
+    }
+
+
+def ruled(author: Author, shape: list[int], families: list[dict[str, Any]], **columns: Any) -> None:
+    """One tensor that a mesh holds by rule, or as many as ``columns`` say."""
+    nothing: dict[str, Any] = {"shard_keys": [], "shard_offsets": [], "shard_sizes": [], "units": [], "writers": []}
+    author.one_tensor(shape, **nothing, families=families, **columns)
+
+
+@attack("", verify=0)
+def a_tensor_that_a_mesh_holds(author: Author) -> None:
+    ruled(author, [16], [family()])
+    author.fill(1, bytes(16))
+
+
+each(
+    "a family with",
+    "layouts/",
+    {
+        "a mesh of ranks that are not there": lambda a: ruled(a, [16], [family(start=1)]),
+        "a mesh of 2^62 ranks": lambda a: ruled(a, [16], [family(sizes=[2**31, 2**31], strides=[0, 0])]),
+        "a mesh of one rank many times": lambda a: ruled(
+            a, [16], [family(sizes=[4], strides=[0], counts=bytes(16))], rank_nodes=[0] * 4
+        ),
+        "a stride of 2^62": lambda a: ruled(
+            a, [16], [family(sizes=[2], strides=[2**62], counts=bytes(8))], rank_nodes=[0] * 2
+        ),
+        "a tensor of 2^62 bytes": lambda a: ruled(a, [2**62], [family(counts=b"\xff" * 4)]),
+        "counts of other chunks": lambda a: ruled(a, [16], [family(counts=b"\2\0\0\0")]),
+        "a tensor of another": lambda a: ruled(a, [16], [family()] * 2),
+        "an empty list of others": lambda a: ruled(a, [16], []),
+        "a field nobody knows": lambda a: ruled(a, [16], [{**family(), "order": 1}]),
+    },
+)
+
+
+@attack("more than 4096 families", declared_bytes=32 * MEBIBYTE)
+def very_many_families(author: Author) -> None:
+    ruled(author, [16], [family()] * 20_000)
+
+
+@attack("ways to split")
+def a_family_of_very_many_different_shards(author: Author) -> None:
+    count = 5_000
+    names = sorted(f"w{number}" for number in range(count))
+    one = family(
+        sizes=[count], tensors=list(range(count)), splits=[[[0, 0]]] * count, counts=bytes(4 * count), strides=[1]
+    )
+    columns = {"keys": names, "owners": [-1] * count, "dtypes": ["uint8"] * count, "rank_nodes": [0] * count}
+    ruled(author, [16], [one], **columns, shapes=[[1000 + number] for number in range(count)])
+
+
+@attack("too many different sizes of shards", declared_bytes=64 * MEBIBYTE)
+def families_of_many_tensors_of_different_shards(author: Author) -> None:
+    count, ranks = 40_000, 2_000
+    names = sorted(f"w{number:05}" for number in range(count))
+    shapes = [[number] if number < 2_000 else [1] for number in range(count)]
+    one = family(
+        sizes=[ranks], tensors=list(range(count)), splits=[[[0, 0]]] * count, counts=bytes(4 * ranks), strides=[1]
+    )
+    columns = {"keys": names, "owners": [-1] * count, "dtypes": ["uint8"] * count, "rank_nodes": [0] * ranks}
+    ruled(author, [16], [one], **columns, shapes=shapes)
+
+
 @attack("", verify=0, declared_bytes=96 * MEBIBYTE)
 def ten_thousand_ranks_on_one_node(author: Author) -> None:
     count = 10_000

@@ -60,7 +60,7 @@ class Held:
         self.offer = RankOffer(offers, [[0]])
         self.digest = offer_digest(self.offer)
 
-    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
+    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
         return {}
 
     def source(self, key: str, box: Box) -> ArraySource:

@@ -27,7 +27,7 @@ def test_the_example_document_is_a_format_object() -> None:
 def test_the_example_layout_has_the_digest_the_page_states() -> None:
     data = bytes.fromhex(block("layout"))
     assert document.digest(data) in TEXT
-    layout = decode_layout(data, document.digest(data))
+    layout = decode_layout(data, document.digest(data)).layout
     assert (layout.keys, layout.shapes, layout.dtypes) == (["model.w"], [[2, 2]], ["float32"])
 
 

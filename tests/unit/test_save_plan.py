@@ -61,9 +61,9 @@ def writers_of(layout: Layout, key: str) -> set[int]:
     chunks = Chunks(layout)
     return {
         rank
-        for rank in chunks.rows
+        for rank in range(len(layout.rank_nodes))
         for _, pieces in chunks.of_rank(rank)
-        if any(layout.keys[layout.shard_keys[piece.shard]] == key for piece in pieces)
+        if any(layout.keys[layout.shard_key(piece.shard)] == key for piece in pieces)
     }
 
 

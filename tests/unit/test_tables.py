@@ -63,7 +63,7 @@ def put(column: str, position: int, value: Any) -> Layout:
 def test_the_layout_that_all_these_cases_are_made_from_is_right_and_comes_back() -> None:
     check_layout(LAYOUT, "x")
     data = document.pack_table(LAYOUT)
-    assert decode_layout(data, document.digest(data)) == LAYOUT
+    assert decode_layout(data, document.digest(data)).layout == LAYOUT
     assert LAYOUT.bytes() == 8 * 256 * 4 + 1 + 32 + 300
     assert [LAYOUT.label(key) for key in range(6)] == ["a", "b", "c", "d", "e@1", "z"]
 
@@ -71,11 +71,12 @@ def test_the_layout_that_all_these_cases_are_made_from_is_right_and_comes_back()
 def test_chunks_are_numbered_by_unit_and_dealt_out_by_runs() -> None:
     chunks = Chunks(LAYOUT)
     assert len(chunks) == chunks.dealt == 4
-    assert chunks.rows == {0: 3, 1: 1}
+    assert [chunks.row_count(rank) for rank in (0, 1)] == [3, 1]
     assert [chunks.writer(chunk) for chunk in range(4)] == [(0, 0), (0, 1), (1, 0), (0, 2)]
-    assert [list(chunks.unit_chunks(unit)) for unit in range(4)] == [[0], [1], [2], [3]]
-    assert chunks.unit_pieces(2) == [[Piece(2, 0, 1, 0), Piece(3, 0, 4, 1)]]
-    assert chunks.raw_bytes(chunks.unit_pieces(2)[0]) == 33
+    units = list(chunks.units())
+    assert [(unit.first, unit.count) for unit in units] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert chunks.pieces(units[2]) == [[Piece(2, 0, 1, 0), Piece(3, 0, 4, 1)]]
+    assert chunks.raw_bytes(chunks.pieces(units[2])[0]) == 33
     assert [number for number, _ in chunks.of_rank(0)] == [0, 1, 3]
     assert [number for number, _ in chunks.of_rank(1)] == [2]
     assert list(chunks.of_rank(7)) == []

@@ -47,7 +47,7 @@ class Held:
         self.digest = offer_digest(self.offer)
         self.values = {name: value.encode(item) for name, item in values.items()}
 
-    def sampled(self, keys: Sequence[str] | None) -> dict[str, bytes]:
+    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
         return {}
 
     def source(self, key: str, box: Box) -> ArraySource:
@@ -113,9 +113,8 @@ def flip(file: Path, at: int) -> None:
 def chunk_offset(path: Path, key: str, nth: int = 0) -> tuple[Path, int]:
     """Where the nth chunk of a key of the newest snapshot lies."""
     snapshot = Repository(LocalStore(path)).snapshots()[-1]
-    layout = snapshot.layout
-    unit = next(u for u, shards in enumerate(layout.units) if layout.keys[layout.shard_keys[shards[0]]] == key)
-    place = snapshot.place(snapshot.chunks.unit_chunks(unit)[nth])
+    number = snapshot.key_number(key)
+    place = snapshot.place(next(snapshot.chunks.places(number)).first + nth)
     return path / place.pack, place.offset
 
 
@@ -173,9 +172,9 @@ def test_a_missing_pack_names_every_tensor_it_held(path: Path) -> None:
     file, _ = chunk_offset(path, "big")
     snapshot = Repository(LocalStore(path)).snapshots()[-1]
     held = {
-        snapshot.layout.keys[snapshot.layout.shard_keys[piece.shard]]
-        for unit in range(len(snapshot.layout.units))
-        for number, pieces in zip(snapshot.chunks.unit_chunks(unit), snapshot.chunks.unit_pieces(unit), strict=True)
+        snapshot.layout.keys[snapshot.layout.shard_key(piece.shard)]
+        for unit in snapshot.chunks.units()
+        for number, pieces in enumerate(snapshot.chunks.pieces(unit), unit.first)
         for piece in pieces
         if snapshot.place(number).pack == str(file.relative_to(path))
     }

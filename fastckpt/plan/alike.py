@@ -1,0 +1,49 @@
+"""Replies of many ranks that are mostly alike: a node says different ones once, and they are looked at once.
+
+A line is a msgpack array of pairs: a reply, and the ranks that gave it, as runs (start, stop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import msgspec
+
+_T = TypeVar("_T")
+
+_LINE = msgspec.msgpack.Decoder(list[tuple[bytes, list[tuple[int, int]]]])
+
+
+def merged(replies: Mapping[int, bytes]) -> bytes:
+    """The replies of a node, by rank, in one line."""
+    runs: dict[bytes, list[tuple[int, int]]] = {}
+    for rank, data in sorted(replies.items()):
+        same = runs.setdefault(data, [])
+        if same and same[-1][1] == rank:
+            same[-1] = (same[-1][0], rank + 1)
+        else:
+            same.append((rank, rank + 1))
+    return msgspec.msgpack.encode(list(runs.items()))
+
+
+def by_rank(lines: Iterable[bytes]) -> dict[int, bytes]:
+    """The replies in the lines of all nodes, equal ones as one object."""
+    one: dict[bytes, bytes] = {}
+    return {
+        rank: data
+        for line in lines
+        for reply, runs in _LINE.decode(line)
+        for data in [one.setdefault(reply, reply)]
+        for start, stop in runs
+        for rank in range(start, stop)
+    }
+
+
+def each(replies: Mapping[int, bytes], make: Callable[[bytes], _T]) -> dict[int, _T]:
+    """What is made of each rank's reply, once of those that are one object."""
+    made: dict[int, _T] = {}
+    for data in replies.values():
+        if id(data) not in made:
+            made[id(data)] = make(data)
+    return {rank: made[id(data)] for rank, data in replies.items()}
