@@ -180,20 +180,27 @@ def values_of(
     In a world of the same size each rank gets its own. In another, a value that all ranks that saved it had equal; of
     others the lowest rank's, marked as not exact.
     """
-    numbers = [rank] if snapshot.world_size == world_size else range(snapshot.world_size)
-    digests: dict[str, dict[int, str]] = {}
-    for number in numbers:
-        for name, digest in snapshot.value_digests(number).items():
-            digests.setdefault(name, {})[number] = digest
+    held: dict[str, tuple[tuple[int, ...], bool]] = {}
+    kinds = None if snapshot.world_size == world_size else snapshot.value_kinds()
+    if kinds is not None and not any(
+        kinds[name] == "some" and selection.has(selection.renamed(name)) for name in kinds
+    ):
+        everyone = tuple(range(snapshot.world_size))
+        held = {name: (everyone, kind == "same") for name, kind in kinds.items()}
+    else:
+        digests: dict[str, dict[int, str]] = {}
+        for number in [rank] if snapshot.world_size == world_size else range(snapshot.world_size):
+            for name, digest in snapshot.value_digests(number).items():
+                digests.setdefault(name, {})[number] = digest
+        held = {name: (tuple(by_rank), len(set(by_rank.values())) == 1) for name, by_rank in digests.items()}
     found: dict[str, tuple[SavedValue, bool, str]] = {}
-    for name, by_rank in digests.items():
+    for name, (ranks, exact) in held.items():
         renamed = selection.renamed(name)
         if selection.has(renamed):
             if renamed in found:
                 raise ValueError(f"rename makes {renamed} of two names of the snapshot")
-            ranks = tuple(by_rank)
             saved = SavedValue(snapshot, name, snapshot.value_blob(name, ranks[0]), ranks, world_size)
-            found[renamed] = (saved, len(set(by_rank.values())) == 1, name)
+            found[renamed] = (saved, exact, name)
     return found
 
 
@@ -203,7 +210,10 @@ def values_elsewhere(
     """Those of these values that any rank saved, as ``values_of`` gives them to a job of another size: a layer that has
     gone to another stage of a pipeline has its extra state there."""
     found: dict[str, dict[int, str]] = {}
-    for rank in range(snapshot.world_size) if names else ():
+    kinds = snapshot.value_kinds() if names else {}
+    if kinds is not None and not any(selection.renamed(name) in names for name in kinds):
+        return {}
+    for rank in range(snapshot.world_size):
         for saved in snapshot.value_digests(rank):
             if selection.renamed(saved) in names:
                 found.setdefault(saved, {})[rank] = snapshot.value_digests(rank)[saved]

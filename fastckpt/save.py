@@ -25,6 +25,7 @@ from fastckpt.errors import (
     AnotherWriter,
     CommitTimeout,
     FastckptError,
+    LimitExceeded,
     OutOfSpace,
     RankFailed,
     RepositoryNotFound,
@@ -32,14 +33,15 @@ from fastckpt.errors import (
     StorageError,
 )
 from fastckpt.format import document
-from fastckpt.format.chunk import chunk_hash
-from fastckpt.format.decision import MESHES, Format, Live
+from fastckpt.format.chunk import CHUNK_BYTES_MAX, chunk_hash
+from fastckpt.format.decision import COMPACT, Format, Live
 from fastckpt.format.shard import Box
-from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
+from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, ValueKind, decode_layout
 from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, checked, combined
 from fastckpt.options import Options
 from fastckpt.plan.alike import by_rank, each, merged
 from fastckpt.plan.save_plan import (
+    AUTO_CHUNKS_MAX,
     Agreement,
     Comparison,
     RankOffer,
@@ -47,7 +49,9 @@ from fastckpt.plan.save_plan import (
     keys_to_digest,
     offered_bytes,
     plan_save,
+    planned_chunks,
 )
+from fastckpt.plan.value_kinds import Differences, find_differences, value_kinds
 from fastckpt.repository import pull, repository
 from fastckpt.repository.pull import Pull
 from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
@@ -116,8 +120,8 @@ class Attempt:
     id: str
     step: int
     agreed: Agreed
-    common: frozenset[bytes]
-    """Digests of the values the coordinator holds: equal ones are stored once, by its node."""
+    values: tuple[tuple[str, bytes], ...]
+    """Names and digests of the coordinator's values: equal ones are stored once, by its node."""
     format_digest: str
     """Of the FORMAT object as the coordinator sees it."""
 
@@ -151,7 +155,8 @@ class _Asked(msgspec.Struct, array_like=True, frozen=True):
 class _Go(msgspec.Struct, array_like=True, frozen=True):
     attempt: str
     agreement: Agreement | None
-    common: list[bytes]
+    values: list[tuple[str, bytes]]
+    """The coordinator's, by name, with their digests."""
     format_digest: str
 
 
@@ -168,8 +173,8 @@ class _Grid(NamedTuple):
     """What of a repository a layout depends on."""
 
     chunk_bytes: int
-    families: bool
-    """Whether its readers know them."""
+    compact: bool
+    """Whether its readers know families and kinds of values."""
 
 
 class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
@@ -181,6 +186,7 @@ class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
     stored_bytes: int
     layout: bytes
     """Digest."""
+    values: Differences
 
 
 class Saves:
@@ -221,18 +227,19 @@ class Saves:
     def _agree(self, step: int, offered: Offered | BaseException, trace: Trace) -> Attempt:
         self._count += 1
         self._writer = None
-        common = [] if isinstance(offered, BaseException) else sorted(map(chunk_hash, offered.values.values()))
-        answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
+        mine = {} if isinstance(offered, BaseException) else offered.values
+        values = [(name, chunk_hash(mine[name])) for name in sorted(mine)]
+        answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, values))
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         if not answer:
-            answer = self._settle(offered, lambda offers, digests: self._on_offers(offers, digests, common, trace))
+            answer = self._settle(offered, lambda offers, digests: self._on_offers(offers, digests, values, trace))
         go = msgspec.msgpack.decode(answer, type=_Go)
         if go.agreement is not None:
             self._agreed = _agreed(go.agreement, self._rank)
             self._offered = offered.digest
         assert self._agreed is not None
         return Attempt(
-            id=go.attempt, step=step, agreed=self._agreed, common=frozenset(go.common), format_digest=go.format_digest
+            id=go.attempt, step=step, agreed=self._agreed, values=tuple(go.values), format_digest=go.format_digest
         )
 
     def prepare(self, offered: Offered | BaseException) -> Agreed:
@@ -343,12 +350,12 @@ class Saves:
             return {}
         digests: dict[int, bytes] = {}
         for number, comparison in enumerate(self._agreed.comparisons):
-            if self._rank in comparison.ranks:
+            if comparison.has(self._rank):
                 sampled = offered.sampled(comparison.keys)
                 digests[number] = chunk_hash(b"".join(sampled[key] for key in comparison.keys))
         return digests
 
-    def _on_hello(self, replies: dict[int, bytes], common: list[bytes]) -> bytes:
+    def _on_hello(self, replies: dict[int, bytes], values: list[tuple[str, bytes]]) -> bytes:
         """Coordinator: goes ahead if everything is as it was; an empty answer asks everyone for the whole offer."""
         hellos = each(replies, msgspec.msgpack.Decoder(_Hello).decode)
         different = {id(hello): hello for hello in hellos.values()}.values()
@@ -366,13 +373,13 @@ class Saves:
             return b""
         if self._committer is None and self._open(self._planned) != self._planned:
             return b""  # the repository was made meanwhile, with a grid of its own
-        return self._go(None, common)
+        return self._go(None, values)
 
     def _on_offers(
         self,
         offers: dict[int, RankOffer],
         digests: dict[int, dict[str, bytes]],
-        common: list[bytes],
+        values: list[tuple[str, bytes]],
         trace: Trace,
     ) -> bytes:
         """Coordinator: plans, and opens the repository for writing if this is the first save."""
@@ -381,7 +388,7 @@ class Saves:
         if self._committer is None and self._open(self._planned) != self._planned:
             with trace.span("plan"):
                 agreement = self._plan(offers, digests)
-        return self._go(agreement, common)
+        return self._go(agreement, values)
 
     def _on_prepare(self, offers: dict[int, RankOffer], digests: dict[int, dict[str, bytes]]) -> bytes:
         if self._grid is None and repository.exists(self._store):
@@ -390,12 +397,22 @@ class Saves:
 
     def _plan(self, offers: dict[int, RankOffer], digests: dict[int, dict[str, bytes]]) -> Agreement:
         """Coordinator: the layout of what ranks offer, on the repository's grid, or one that suits it."""
-        grid = self._grid
+        grid, is_free = self._grid, self._grid is None and not self._options.chunk_bytes
         if grid is None:
             grid = _Grid(self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers)), True)
-        layout, comparisons = plan_save(offers, digests, self._nodes, grid.chunk_bytes, families=grid.families)
-        self._planned = grid
-        return Agreement(document.pack_table(layout), comparisons)
+        while True:
+            is_free = is_free and grid.chunk_bytes < CHUNK_BYTES_MAX
+            try:
+                layout, comparisons = plan_save(offers, digests, self._nodes, grid.chunk_bytes, families=grid.compact)
+            except LimitExceeded:
+                if not is_free:
+                    raise
+            else:
+                if not is_free or planned_chunks(layout) <= AUTO_CHUNKS_MAX:
+                    self._planned = grid
+                    return Agreement(document.pack_table(layout), comparisons)
+            # Shards are too small for so many: in larger chunks more of them are bundled.
+            grid = grid._replace(chunk_bytes=2 * grid.chunk_bytes)
 
     def _open(self, planned: _Grid) -> _Grid:
         """Coordinator: opens the repository for writing, made with this grid if there is none. Returns its grid."""
@@ -405,10 +422,10 @@ class Saves:
         self._committer, self._grid = committer, _grid_of(made.format)
         return self._grid
 
-    def _go(self, agreement: Agreement | None, common: list[bytes]) -> bytes:
+    def _go(self, agreement: Agreement | None, values: list[tuple[str, bytes]]) -> bytes:
         assert self._committer is not None
         return msgspec.msgpack.encode(
-            _Go(self._committer.next_attempt(), agreement, common, self._committer.format_digest)
+            _Go(self._committer.next_attempt(), agreement, values, self._committer.format_digest)
         )
 
     def clean(self) -> None:
@@ -521,7 +538,8 @@ class Saves:
         digests = {name: chunk_hash(blob) for name, blob in values.items()}
         blobs = {digests[name]: blob for name, blob in values.items()}
         if self._rank != 0:
-            blobs = {digest: blob for digest, blob in blobs.items() if digest not in attempt.common}
+            common = {digest for _, digest in attempt.values}
+            blobs = {digest: blob for digest, blob in blobs.items() if digest not in common}
         mine_bytes = sum(attempt.agreed.sizes)
         return _Written(
             attempt.id,
@@ -551,11 +569,9 @@ class Saves:
             )
         raw = sum(written.tensor_bytes for written in ranks) + sum(len(blob) for blob in blobs.values())
         stored = sum(written.stored_bytes for written in ranks)
-        return msgspec.msgpack.encode(
-            _NodeLine(
-                part.node, bytes.fromhex(part.digest), part.size, raw, stored, bytes.fromhex(attempt.agreed.digest)
-            )
-        )
+        differences = find_differences(attempt.values, [written.table.values for written in ranks])
+        digest, layout = bytes.fromhex(part.digest), bytes.fromhex(attempt.agreed.digest)
+        return msgspec.msgpack.encode(_NodeLine(part.node, digest, part.size, raw, stored, layout, differences))
 
     def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels, trace: Trace) -> bytes:
         """Coordinator: the commit. Whatever prevents it aborts the attempt."""
@@ -572,6 +588,7 @@ class Saves:
                     parts=[PartInfo(line.node, line.digest.hex(), line.part_bytes) for line in parts],
                     bytes=sum(line.raw_bytes for line in parts),
                     stored_bytes=sum(line.stored_bytes for line in parts),
+                    values=self._value_kinds(attempt, parts),
                     environment=labels.environment,
                     metrics=labels.metrics,
                     note=labels.note,
@@ -585,6 +602,11 @@ class Saves:
                 error.add_note(f"aborting the attempt failed too: {second}")
             raise
         return msgspec.msgpack.encode(live)
+
+    def _value_kinds(self, attempt: Attempt, parts: Sequence[_NodeLine]) -> dict[str, ValueKind] | None:
+        if self._grid is None or not self._grid.compact:
+            return None
+        return value_kinds([name for name, _ in attempt.values], [line.values for line in parts])
 
     def _learn_outcome(self, attempt: Attempt, error: Exception, end: float, failed_here: bool) -> Live | None:
         """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them; to a
@@ -647,7 +669,7 @@ def _terms(offered: bytes, layout: str) -> bytes:
 
 
 def _grid_of(made: Format) -> _Grid:
-    return _Grid(made.chunk_bytes, MESHES in made.features)
+    return _Grid(made.chunk_bytes, COMPACT in made.features)
 
 
 def offer_digest(offer: RankOffer) -> bytes:

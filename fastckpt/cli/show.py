@@ -159,7 +159,7 @@ def _values(snapshot: Snapshot, decode: bool) -> list[_Value]:
 
     sizes: dict[str, int] = {}
     holders: dict[tuple[str, str], list[int]] = {}
-    for node in range(len(snapshot.index.parts)):
+    for node in range(snapshot.node_count):
         for blob in snapshot.part(node).blobs:
             sizes[chunk_hash(blob).hex()] = len(blob)
     for rank in range(snapshot.world_size):

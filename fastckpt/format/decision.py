@@ -15,9 +15,9 @@ from fastckpt.errors import FormatError, LimitExceeded
 from fastckpt.format import chunk, document, names
 
 VERSION = 1
-MESHES = "meshes"
-"""Layouts of the repository may have families."""
-FEATURES: frozenset[str] = frozenset({MESHES})
+COMPACT = "compact"
+"""A layout may have families, and an index says what kind of values there are."""
+FEATURES: frozenset[str] = frozenset({COMPACT})
 """Feature flags this version understands. An unknown one in FORMAT refuses the whole repository."""
 STEP_MAX = 2**53
 NOTE_BYTES_MAX = 4096

@@ -64,6 +64,10 @@ def part(attempt_id: str, node: int) -> str:
     return f"attempts/{attempt_id}/part-{node:06d}"
 
 
+def roll(attempt_id: str, number: int) -> str:
+    return f"attempts/{attempt_id}/roll-{number:06d}"
+
+
 def index(attempt_id: str) -> str:
     return f"attempts/{attempt_id}/index"
 

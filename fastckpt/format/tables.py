@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -607,7 +607,18 @@ class PartInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Count
 
 
-class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RollInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A roll as named by the index."""
+
+    digest: str
+    size: Count
+
+
+ValueKind: TypeAlias = Literal["same", "own", "some"]
+"""Of a plain value: every rank has one, and all are equal; every rank has one; not every rank has one."""
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """The root of a snapshot; its own digest is in the COMMIT decision."""
 
     attempt: str
@@ -617,13 +628,17 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     layout_bytes: Count
     """Size of the layout object."""
     parts: list[PartInfo]
-    """Sorted by node; one for each node."""
+    """Sorted by node; one for each node, or none where there are rolls."""
     bytes: Count
     """Logical bytes: tensors and values."""
     stored_bytes: Count
     """Bytes this attempt added to the packs."""
     environment: dict[str, Any]
     """Software and hardware at the save; for people."""
+    values: dict[str, ValueKind] | None = None
+    """By the name of a plain value. Not stored in repositories whose readers do not know it; nor are"""
+    rolls: list[RollInfo] = []
+    """In order, where nodes are many."""
 
 
 def decode_index(data: bytes, digest: str, attempt: str) -> Index:
@@ -636,10 +651,15 @@ def decode_index(data: bytes, digest: str, attempt: str) -> Index:
         raise FormatError(f"{name}: belongs to attempt {index.attempt}")
     if [info.node for info in index.parts] != list(range(len(index.parts))):
         raise FormatError(f"{name}: its parts are not those of nodes 0, 1, ...")
-    if not all(document.is_digest(text) for text in (index.layout, *(info.digest for info in index.parts))):
+    if index.parts and index.rolls:
+        raise FormatError(f"{name}: names parts and rolls")
+    named: list[PartInfo | RollInfo] = [*index.parts, *index.rolls]
+    if not all(document.is_digest(text) for text in (index.layout, *(info.digest for info in named))):
         raise FormatError(f"{name}: a digest that is none")
-    if max((info.size for info in index.parts), default=0) > document.TABLE_BYTES_MAX:
+    if max((info.size for info in named), default=0) > document.TABLE_BYTES_MAX:
         raise LimitExceeded(f"{name}: a part of more than {document.TABLE_BYTES_MAX} bytes")
+    if index.values is not None and list(index.values) != sorted(index.values):
+        raise FormatError(f"{name}: its values are not sorted")
     level: list[Any] = [index.environment]
     for _ in range(ENVIRONMENT_DEPTH_MAX):
         level = [inner for at in level for inner in (at.values() if isinstance(at, dict) else at)]

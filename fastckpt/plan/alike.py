@@ -17,14 +17,21 @@ _LINE = msgspec.msgpack.Decoder(list[tuple[bytes, list[tuple[int, int]]]])
 
 def merged(replies: Mapping[int, bytes]) -> bytes:
     """The replies of a node, by rank, in one line."""
-    runs: dict[bytes, list[tuple[int, int]]] = {}
+    ranks: dict[bytes, list[int]] = {}
     for rank, data in sorted(replies.items()):
-        same = runs.setdefault(data, [])
-        if same and same[-1][1] == rank:
-            same[-1] = (same[-1][0], rank + 1)
+        ranks.setdefault(data, []).append(rank)
+    return msgspec.msgpack.encode([(data, runs_of(same)) for data, same in ranks.items()])
+
+
+def runs_of(ranks: Iterable[int]) -> list[tuple[int, int]]:
+    """Ranks that ascend, as runs (start, stop)."""
+    runs: list[tuple[int, int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank:
+            runs[-1] = (runs[-1][0], rank + 1)
         else:
-            same.append((rank, rank + 1))
-    return msgspec.msgpack.encode(list(runs.items()))
+            runs.append((rank, rank + 1))
+    return runs
 
 
 def by_rank(lines: Iterable[bytes]) -> dict[int, bytes]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.errors import LimitExceeded
-from fastckpt.format.chunk import CHUNK_BYTES_MAX, bundle_bytes_max, is_tiny
+from fastckpt.format.chunk import CHUNK_BYTES_MAX, CHUNKS_MAX, bundle_bytes_max, is_tiny
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.families import (
     FAMILIES_MAX,
@@ -31,6 +31,7 @@ from fastckpt.format.families import (
 )
 from fastckpt.format.shard import Box, find_overlap
 from fastckpt.format.tables import SHARED, Chunks, Layout
+from fastckpt.plan.alike import runs_of
 from fastckpt.plan.placement import even_runs
 
 KNOWN = 0
@@ -79,8 +80,12 @@ class RankOffer(msgspec.Struct, array_like=True, frozen=True):
 class Comparison(msgspec.Struct, array_like=True, frozen=True):
     """Keys that a set of ranks must find equal before every save."""
 
-    ranks: list[int]
+    runs: list[tuple[int, int]]
+    """The ranks, as runs (start, stop)."""
     keys: list[str]
+
+    def has(self, rank: int) -> bool:
+        return any(start <= rank < stop for start, stop in self.runs)
 
 
 class Agreement(msgspec.Struct, array_like=True, frozen=True):
@@ -97,6 +102,12 @@ def auto_chunk_bytes(state_bytes: int) -> int:
     while state_bytes > size * AUTO_CHUNKS_MAX and size < CHUNK_BYTES_MAX:
         size *= 2
     return size
+
+
+def planned_chunks(layout: Layout) -> int:
+    """The number of chunks of a layout that ``plan_save`` made."""
+    families = (int(np.frombuffer(family.counts, "<u4").sum()) for family in layout.families)
+    return sum(count for _, count in layout.writers) + sum(families)
 
 
 def offered_bytes(offers: Mapping[int, RankOffer]) -> int:
@@ -190,7 +201,7 @@ def plan_save(
     Ranks that offer alike are to be given one and the same object; then the time it takes grows with the number of
     different offers and digests, and not with that of the ranks times tensors. ``digests`` holds, for each rank, a
     digest of the whole content of every tensor that ``keys_to_digest`` names. Without ``families`` all shards are
-    listed.
+    listed. ``LimitExceeded`` for more chunks than a layout may have.
     ``ValueError`` naming key and ranks if ranks disagree about a tensor, or do not hold all of it.
     """
     return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make()
@@ -269,7 +280,7 @@ class _Plan:
         layout = msgspec.structs.replace(self._lay_out(aliases), families=families)
         members = self._classes.members
         return layout, [
-            Comparison(list(members[number]), sorted(names))
+            Comparison(runs_of(members[number]), sorted(names))
             for number, names in sorted(self._compared.items(), key=lambda item: members[item[0]])
         ]
 
@@ -335,6 +346,10 @@ class _Plan:
         if len(ranks) == 1 or self._known(holders, number):
             return number
         # Found equal, but not known to be: written whole by one rank, so that ranks that drift apart are never mixed.
+        if len({kind.digests.get(key, b"") for kind, _ in holders} | {b""}) == 2 and all(
+            key in kind.digests for kind, _ in holders
+        ):
+            return self._classes.number(ranks[:1])
         by_digest: dict[bytes, list[int]] = {}
         members = set(ranks)
         for kind, _ in holders:
@@ -407,7 +422,7 @@ class _Plan:
         listed instead."""
         number = {identity: position for position, identity in enumerate(self._keys)}
         found: list[Family] = []
-        work = holding = 0
+        work = holding = chunks = 0
         for (mesh, sharded), tensors in sorted(self._ruled.items(), key=lambda item: number[item[1][0][0]]):
             offers = [self._described[identity] for identity, _ in tensors]
             family = Family(
@@ -431,9 +446,16 @@ class _Plan:
                     self._list(identity, holders)
                 continue
             work, holding = work + spread.work, holding + spread.ranks.size
+            totals = spread.totals()
+            chunks += int(totals.sum())
+            if chunks > CHUNKS_MAX:
+                raise LimitExceeded(
+                    f"the state takes more than {CHUNKS_MAX} chunks of up to {self._chunk_bytes} bytes; save to a new "
+                    "repository, with a larger Options(chunk_bytes)"
+                )
             counts = np.zeros((spread.classes, spread.replicas), "<u4")
             if spread.replicas == 1:
-                counts[:, 0] = spread.totals()
+                counts[:, 0] = totals
             else:
                 for classes, sizes in spread.alike():
                     counts[classes] = even_runs(sizes, spread.replicas)
@@ -517,11 +539,11 @@ def _has(kind: _Kind, rank: int) -> bool:
 
 def _owners(key: str, holders: _Holders, classes: _Classes) -> Iterable[tuple[int, _Holders]]:
     """One shared tensor, or, for tensors that may differ and do, one for each rank."""
-    by_sharing: dict[int, list[int]] = {}
+    by_sharing: dict[int, list[_Kind]] = {}
     for kind, offer in holders:
-        by_sharing.setdefault(offer.sharing, []).extend(kind.ranks)
+        by_sharing.setdefault(offer.sharing, []).append(kind)
     if len(by_sharing) > 1:
-        groups = " unlike ".join(_ranks(sorted(ranks)) for ranks in by_sharing.values())
+        groups = " unlike ".join(map(_ranks_of, by_sharing.values()))
         raise ValueError(f"{key}: ranks hold different kinds of things under this key ({groups}). {_WAYS_OUT}")
     first = holders[0][1]
     if first.sharing == OWN:
@@ -529,13 +551,11 @@ def _owners(key: str, holders: _Holders, classes: _Classes) -> Iterable[tuple[in
         if not (same and len({kind.digests.get(key) for kind, _ in holders}) == 1):
             own = {rank: (classes.alone(kind, rank), offer) for kind, offer in holders for rank in kind.ranks}
             return [(rank, [own[rank]]) for rank in sorted(own)]
-    by_form: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    by_form: dict[tuple[str, tuple[int, ...]], list[_Kind]] = {}
     for kind, offer in holders:
-        by_form.setdefault((offer.dtype, tuple(offer.shape)), []).extend(kind.ranks)
+        by_form.setdefault((offer.dtype, tuple(offer.shape)), []).append(kind)
     if len(by_form) > 1:
-        forms = "; ".join(
-            f"{dtype} {list(shape)} on {_ranks(sorted(ranks))}" for (dtype, shape), ranks in by_form.items()
-        )
+        forms = "; ".join(f"{dtype} {list(shape)} on {_ranks_of(kinds)}" for (dtype, shape), kinds in by_form.items())
         raise ValueError(f"{key}: ranks hold tensors of different shape or dtype under this key: {forms}. {_WAYS_OUT}")
     return [(SHARED, holders)]
 
@@ -547,13 +567,12 @@ _WAYS_OUT = (
 
 
 def _alias(key: str, holders: _Holders) -> str:
-    targets: dict[str, list[int]] = {}
+    targets: dict[str, list[_Kind]] = {}
     for kind, offer in holders:
-        targets.setdefault(offer.alias, []).extend(kind.ranks)
+        targets.setdefault(offer.alias, []).append(kind)
     if len(targets) > 1:
         how = "; ".join(
-            f"{'to ' + target if target else 'to nothing'} on {_ranks(sorted(ranks))}"
-            for target, ranks in targets.items()
+            f"{'to ' + target if target else 'to nothing'} on {_ranks_of(kinds)}" for target, kinds in targets.items()
         )
         raise ValueError(f"{key}: tied differently on different ranks: {how}; tie it on every rank, or on none")
     return next(iter(targets))
@@ -573,6 +592,10 @@ def _check_cover(key: str, shape: list[int], boxes: Mapping[Box, tuple[int, ...]
             f"{key}: ranks hold {covered} of the {whole} elements of shape {shape}: {have or 'nothing'}; every element "
             "must be held by some rank: does one not give its Shard, or has its optimizer not stepped it yet?"
         )
+
+
+def _ranks_of(kinds: Iterable[_Kind]) -> str:
+    return _ranks(sorted(rank for kind in kinds for rank in kind.ranks))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -25,6 +25,7 @@ from fastckpt.format import document, names, value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.dtype import item_bytes
+from fastckpt.format.roll import NODES_MAX, decode_roll, roll_count
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import (
     SHARED,
@@ -33,8 +34,10 @@ from fastckpt.format.tables import (
     Index,
     Layout,
     Part,
+    PartInfo,
     RankTable,
     Rows,
+    ValueKind,
     decode_index,
     decode_layout,
     decode_part,
@@ -57,6 +60,7 @@ class Snapshot:
         self._lock = threading.RLock()
         self._index: Index | None = None
         self._chunks: Chunks | None = None
+        self._rolls: dict[int, list[PartInfo]] = {}
         self._parts: dict[int, Part] = {}
         self._rows: dict[int, Rows] = {}
         self._blobs: dict[int, dict[builtins.bytes, builtins.bytes]] = {}
@@ -132,7 +136,10 @@ class Snapshot:
                 digest, name = self.index.layout, names.layout(self.index.layout)
                 data = self._metadata(name, document.TABLE_BYTES_MAX)
                 chunks: Chunks = self._undamaged(name, lambda: decode_layout(data, digest))
-                if max(chunks.layout.rank_nodes, default=-1) + 1 != len(self.index.parts):
+                nodes = max(chunks.layout.rank_nodes) + 1
+                if self.index.rolls and len(self.index.rolls) != roll_count(nodes):
+                    raise self._damaged(name, "has not as many nodes as the index has rolls for")
+                if not self.index.rolls and len(self.index.parts) != nodes:
                     raise self._damaged(name, "has not as many nodes as the index has parts")
                 self._chunks = chunks
             return self._chunks
@@ -142,6 +149,11 @@ class Snapshot:
         return self.chunks.layout
 
     @property
+    def node_count(self) -> int:
+        """Nodes of the job that saved it, each with a part."""
+        return max(self.layout.rank_nodes) + 1
+
+    @property
     def world_size(self) -> int:
         """Ranks of the job that saved it."""
         return len(self.layout.rank_nodes)
@@ -149,12 +161,24 @@ class Snapshot:
     def part(self, node: int) -> Part:
         with self._lock:
             if node not in self._parts:
-                info, name = self.index.parts[node], names.part(self.attempt, node)
+                info, name = self._part_info(node), names.part(self.attempt, node)
                 data = self._metadata(name, info.size)
                 self._parts[node] = self._undamaged(
                     name, lambda: decode_part(data, info, self.attempt, self.layout, self.index.layout, self.chunks)
                 )
             return self._parts[node]
+
+    def _part_info(self, node: int) -> PartInfo:
+        if not self.index.rolls:
+            return self.index.parts[node]
+        number, position = divmod(node, NODES_MAX)
+        if number not in self._rolls:
+            info, name = self.index.rolls[number], names.roll(self.attempt, number)
+            data = self._metadata(name, info.size)
+            self._rolls[number] = self._undamaged(
+                name, lambda: decode_roll(data, info, self.attempt, number, self.node_count)
+            )
+        return self._rolls[number][position]
 
     def table(self, rank: int) -> RankTable:
         node = self.layout.rank_nodes[rank]
@@ -171,7 +195,7 @@ class Snapshot:
 
     def check(self) -> None:
         """Reads all metadata and compares the size of every pack; raises ``SnapshotDamaged`` or ``StorageError``."""
-        for node in range(len(self.index.parts)):
+        for node in range(self.node_count):
             for info in (info for table in self.part(node).tables for info in table.packs):
                 try:
                     size = self._store.size(info.name)
@@ -199,6 +223,15 @@ class Snapshot:
             raise SnapshotDamaged(f"step {self.step}: {error}", object=name) from error
 
     # Values.
+
+    def value_kinds(self) -> dict[str, ValueKind] | None:
+        """What kind of value each name is, or None if only the tables of all ranks tell. Reads the first part."""
+        kinds = self.index.values
+        if kinds is not None:
+            first = set(self.value_digests(0))
+            if not first <= set(kinds) or any(kind != "some" for name, kind in kinds.items() if name not in first):
+                raise self._damaged(names.index(self.attempt), "has not the values that its first part has")
+        return kinds
 
     def value_digests(self, rank: int) -> dict[str, str]:
         """The digest of every per-rank value of a rank, by name."""

@@ -20,7 +20,7 @@ from fastckpt.errors import (
     UnsupportedVersion,
 )
 from fastckpt.format import document, names
-from fastckpt.format.decision import MESHES, VERSION, Format, Open, decode_decision, decode_format
+from fastckpt.format.decision import COMPACT, VERSION, Format, Open, decode_decision, decode_format
 from fastckpt.repository.history import History, now
 from fastckpt.repository.metadata import read_metadata
 from fastckpt.repository.reader import Snapshot, find, newest
@@ -171,7 +171,7 @@ def create(store: Store, chunk_bytes: int) -> Repository:
     """The repository in the store, made now unless it is there already (then with the chunk size it has)."""
     if not exists(store):
         header = Format(
-            version=VERSION, features=[MESHES], id=secrets.token_hex(16), chunk_bytes=chunk_bytes, created=now()
+            version=VERSION, features=[COMPACT], id=secrets.token_hex(16), chunk_bytes=chunk_bytes, created=now()
         )
         with contextlib.suppress(ObjectExists):  # another job was first; its FORMAT holds
             store.create(names.FORMAT, document.seal(header))

@@ -24,6 +24,7 @@ from fastckpt.format import codec, document, names, pack, value
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Decision, Live, Open, decode_decision
 from fastckpt.format.tables import ChunkPlace, PackInfo, Part, Piece, RankTable, Rows
+from fastckpt.plan.value_kinds import find_differences, value_kinds
 from fastckpt.repository.chunk_reader import READ_BYTES_MAX, READ_THREADS
 from fastckpt.repository.history import History
 from fastckpt.repository.reader import Snapshot
@@ -171,7 +172,7 @@ class _SnapshotCheck:
     def run(self) -> list[Damage]:
         if not self._root():
             return self._found
-        parts = [part for node in range(len(self._snapshot.index.parts)) if (part := self._part(node)) is not None]
+        parts = [part for node in range(self._snapshot.node_count) if (part := self._part(node)) is not None]
         self._check_values(parts)
         tables = [table for part in parts for table in part.tables]
         self._total = sum(info.size for table in tables for info in table.packs)
@@ -226,7 +227,9 @@ class _SnapshotCheck:
         try:
             return self._snapshot.part(node)
         except (SnapshotDamaged, FormatError) as error:
-            self._add(name, str(error))
+            damaged = (error.object if isinstance(error, SnapshotDamaged) else None) or name
+            if not any(damage.object == damaged for damage in self._found):  # a roll is of many parts
+                self._add(damaged, str(error))
         except StorageError as error:
             if error.transient:
                 raise
@@ -236,6 +239,11 @@ class _SnapshotCheck:
     def _check_values(self, parts: Sequence[Part]) -> None:
         if not parts:
             return
+        kinds = self._snapshot.index.values
+        if kinds is not None and len(parts) == self._snapshot.node_count:
+            tables = [table.values for part in parts for table in part.tables]
+            if kinds != value_kinds(sorted(tables[0]), [find_differences(sorted(tables[0].items()), tables)]):
+                self._add(names.index(self._snapshot.attempt), "says other things of its values than its parts do")
         blobs = {part.node: {chunk_hash(blob): blob for blob in part.blobs} for part in parts}
         decoded: dict[bytes, str] = {}
         for part in parts:

@@ -19,7 +19,8 @@ from fastckpt.errors import AnotherWriter, FormatError, ObjectExists, OutOfSpace
 from fastckpt.format import codec, document, names, pack
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Live
-from fastckpt.format.tables import Index, PackInfo, Part, PartInfo, RankTable
+from fastckpt.format.roll import make_rolls
+from fastckpt.format.tables import Index, PackInfo, Part, PartInfo, RankTable, RollInfo, ValueKind
 from fastckpt.plan.placement import even_runs
 from fastckpt.repository.history import History, now
 from fastckpt.storage.store import BLOCK_BYTES, ObjectWriter, Store
@@ -222,6 +223,8 @@ class Contents:
     parts: Sequence[PartInfo]
     bytes: int
     stored_bytes: int
+    values: dict[str, ValueKind] | None
+    """As in ``Index``. None in a repository whose readers know neither these nor rolls."""
     environment: Mapping[str, Any]
     metrics: Mapping[str, float]
     note: str
@@ -268,15 +271,19 @@ class Committer:
         with self._lock:
             with trace.span("index"):
                 layout_digest = self._create_layout(contents.layout)
+                parts = sorted(contents.parts, key=lambda info: info.node)
+                rolls = self._create_rolls(contents.attempt, parts) if contents.values is not None else []
                 index = Index(
                     attempt=contents.attempt,
                     step=contents.step,
                     layout=layout_digest,
                     layout_bytes=len(contents.layout),
-                    parts=sorted(contents.parts, key=lambda info: info.node),
+                    parts=[] if rolls else parts,
                     bytes=contents.bytes,
                     stored_bytes=contents.stored_bytes,
                     environment=dict(contents.environment),
+                    values=contents.values,
+                    rolls=rolls,
                 )
                 data = document.seal(index)
                 self._store.create(names.index(contents.attempt), data)
@@ -285,6 +292,15 @@ class Committer:
             metadata_bytes = len(data) + len(contents.layout) + sum(info.size for info in contents.parts)
             self._warn_if_short_of_room(contents.stored_bytes + metadata_bytes)
             return live
+
+    def _create_rolls(self, attempt: str, parts: Sequence[PartInfo]) -> list[RollInfo]:
+        """What the index says of the rolls of many nodes, which are durable then."""
+        found: list[RollInfo] = []
+        for roll in make_rolls(attempt, parts):
+            data = document.pack_table(roll)
+            self._store.create(names.roll(attempt, roll.number), data)
+            found.append(RollInfo(document.digest(data), len(data)))
+        return found
 
     def _decide(self, contents: Contents, index_digest: str) -> Live:
         self._submitted.add(contents.attempt)

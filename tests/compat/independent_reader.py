@@ -522,7 +522,7 @@ class Repository:
         data = self.read("FORMAT", limit=64 << 20)
         head = sealed(data, "FORMAT")
         need(isinstance(head, dict) and whole(head.get("version"), 1, 1), "FORMAT: unknown version")
-        need(head.get("features") in ([], ["meshes"]), "FORMAT: unknown features")
+        need(head.get("features") in ([], ["compact"]), "FORMAT: unknown features")
         fields(head, FORMAT_FIELDS, "FORMAT")
         size = head["chunk_bytes"]
         need(whole(size, 4096, 64 << 20) and size & (size - 1) == 0, "FORMAT: bad chunk_bytes")
@@ -620,7 +620,9 @@ class Snapshot:
         attempt = snapshot["attempt"]
         data = repository.read(f"attempts/{attempt}/index", limit=64 << 20)
         need(blake3(data).hexdigest() == snapshot["index"], "index: not the one that was committed")
-        index = fields(sealed(data, "index"), INDEX_FIELDS, "index")
+        index = sealed(data, "index")
+        last = [name for name in ("values", "rolls") if name in index]
+        index = fields(index, INDEX_FIELDS + last, "index")
         need(same((index["attempt"], index["step"]), (attempt, snapshot["step"])), "index: of another snapshot")
         need(like(DIGEST, index["layout"]) and whole(index["layout_bytes"]), "index: bad layout")
         need(same(index["bytes"], snapshot["bytes"]) and whole(index["stored_bytes"]), "index: bad bytes")
@@ -629,6 +631,9 @@ class Snapshot:
         need(blake3(data).hexdigest() == index["layout"], "layout: broken digest")
         self.layout = Layout(data)
         nodes = len(set(self.layout.rank_nodes))
+        if "rolls" in index:
+            need(nodes > 256 and not index["parts"], "index: rolls of few nodes")
+            index["parts"] = self._rolls(index["rolls"], attempt, nodes)
         need(len(index["parts"]) == nodes, "index: not one part a node")
         self.tables, self._blobs = {}, []
         for node, entry in enumerate(index["parts"]):
@@ -642,6 +647,9 @@ class Snapshot:
             found = (part["attempt"], part["node"], part["layout"])
             need(same(found, (attempt, node, index["layout"])), f"part {node}: of another snapshot")
             self._part(part, node)
+
+        if "values" in index:
+            self._check_kinds(index["values"])
 
     def _part(self, part, node):
         need(isinstance(part["tables"], list) and isinstance(part["blobs"], list), "part: bad field")
@@ -665,6 +673,35 @@ class Snapshot:
             for name, digest in t["values"].items():
                 need(isinstance(name, str) and isinstance(digest, bytes) and len(digest) == 32, "part: bad value")
             self.tables[rank] = t
+
+    def _rolls(self, rolls, attempt, nodes):
+        """The parts that they name."""
+        need(isinstance(rolls, list) and len(rolls) == math.ceil(nodes / 256), "index: rolls")
+        parts = []
+        for number, entry in enumerate(rolls):
+            fields(entry, ["digest", "size"], "index")
+            data = self.repository.read(f"attempts/{attempt}/roll-{number:06d}", size=entry["size"])
+            need(blake3(data).hexdigest() == entry["digest"], "roll: broken digest")
+            roll = table(data, ["attempt", "number", "digests", "sizes"], "roll")
+            need(same((roll["attempt"], roll["number"]), (attempt, number)), "roll: of another snapshot")
+            count = min(256, nodes - 256 * number)
+            need(isinstance(roll["digests"], bytes) and isinstance(roll["sizes"], bytes), "roll: bad field")
+            need(len(roll["digests"]) == 32 * count and len(roll["sizes"]) == 4 * count, "roll: other nodes")
+            for at, size in enumerate(struct.unpack(f"<{count}I", roll["sizes"])):
+                digest = roll["digests"][32 * at : 32 * at + 32].hex()
+                parts.append({"node": len(parts), "digest": digest, "size": size})
+        return parts
+
+    def _check_kinds(self, kinds):
+        """That they are what the tables say of values."""
+        need(isinstance(kinds, dict), "index: values")
+        tables = [table["values"] for _, table in sorted(self.tables.items())]
+        names = sorted({name for table in tables for name in table})
+        need(list(kinds) == names, "index: other values")
+        for name in names:
+            digests = [table.get(name) for table in tables]
+            kind = "some" if None in digests else "same" if len(set(digests)) == 1 else "own"
+            need(same(kinds[name], kind), "index: a value of another kind")
 
     def values(self):
         result = []

@@ -366,9 +366,10 @@ def _mesh_rank(rank: int, port: int, folder: str) -> list[dict[str, Any]]:
                 key: distribute_tensor(whole[key], mesh, placements) for key, (mesh, placements, _) in placed.items()
             }
             tied = {"tied": state["rows"], "plain": torch.arange(5.0) + step}
-            ckpt.save(step, {**state, **tied}).wait()
+            values = {"epoch": step, "own": {"rank": rank}, **({"late": [rank]} if rank > 1 else {})}
+            ckpt.save(step, {**state, **tied, **values}).wait()
             tensors = {key: of_tensor(tensor) for key, tensor in {**whole, **tied, "tied": whole["rows"]}.items()}
-            found.append({"step": step, "tensors": tensors, "values": {}})
+            found.append({"step": step, "tensors": tensors, "values": {n: value_text(v) for n, v in values.items()}})
     dist.destroy_process_group()
     return found
 
