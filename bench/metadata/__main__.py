@@ -2,9 +2,10 @@
 
     python -m bench.metadata [--ranks N] [--keys N] [--jobs fsdp hsdp 3d ddp] [--directory DIR]
 
-The library's own code runs for every rank that matters: the coordinator, each node's leader, a rank that saves and one
-that restores; there are no tensors and no packs. Each job is a process of its own, and so are the last two, so that the
-peak of memory is theirs. Prints a line of JSON for each job: bytes, seconds, and per exchange what a node sends.
+The library's own code runs for every rank that matters: one that describes its DTensors, the coordinator, each node's
+leader, a rank that is told the layout, and one that restores; no tensor is read and no pack written. Each of these is a
+process of its own, so that the peak of memory is its own. Prints a line of JSON for each job: bytes, seconds, and per
+exchange what a node sends.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastckpt.save import Saves, _agreed
 from fastckpt.storage.local import LocalStore
 from fastckpt.trace import Trace
 
-MEBIBYTE = 2**20
+STAGES = ("describing", "saving", "taking", "restoring")
 
 
 class Store(LocalStore):
@@ -145,28 +146,36 @@ def restoring(job: jobs.Job, half: jobs.Job, directory: str) -> dict[str, Any]:
     }
 
 
+def run(stage: str, job: jobs.Job, half: jobs.Job, directory: str) -> dict[str, Any]:
+    match stage:
+        case "describing":
+            from bench.metadata.describe import describing  # needs torch
+
+            return describing(job, job.world_size // 3)
+        case "saving":
+            return saving(job, directory)
+        case "taking":
+            return taking(job, directory)
+    return restoring(job, half, directory)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=131_072)
     parser.add_argument("--keys", type=int, default=10_000)
     parser.add_argument("--jobs", nargs="+", choices=jobs.JOBS, default=list(jobs.JOBS))
     parser.add_argument("--directory", help="where the repositories are; a temporary one if it is not given")
-    parser.add_argument("--stage", choices=("saving", "taking", "restoring"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
         (name,) = options.jobs
         job = jobs.JOBS[name](options.ranks, options.keys)
-        stage = {
-            "saving": lambda: saving(job, options.directory),
-            "taking": lambda: taking(job, options.directory),
-            "restoring": lambda: restoring(job, jobs.JOBS[name](options.ranks // 2, options.keys), options.directory),
-        }[options.stage]
-        print(json.dumps(stage()))
+        print(json.dumps(run(options.stage, job, jobs.JOBS[name](options.ranks // 2, options.keys), options.directory)))
         return
     for name in options.jobs:
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             found: dict[str, Any] = {"job": name, "ranks": options.ranks}
-            for stage in ("saving", "taking", "restoring"):
+            for stage in STAGES:
                 command = [sys.executable, "-m", "bench.metadata", "--stage", stage, "--jobs", name]
                 command += ["--ranks", str(options.ranks), "--keys", str(options.keys), "--directory", directory]
                 result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -48,7 +48,8 @@ class Job:
     def offers(self) -> dict[int, RankOffer]:
         """By rank; equal ones are one object."""
         found: dict[int, RankOffer] = {}
-        for ranks, tensors in self.stages:
+        for ranks, unsorted in self.stages:
+            tensors = sorted(unsorted, key=lambda tensor: tensor.key)
             meshes = list({id(tensor.mesh): tensor.mesh for tensor in tensors if tensor.mesh is not None}.values())
             numbers = {id(mesh): number for number, mesh in enumerate(meshes)}
             kinds: dict[bytes, RankOffer] = {}
@@ -137,7 +138,7 @@ def three_d(world_size: int, keys: int) -> Job:
     grid = np.arange(world_size).reshape(STAGES, -1, TENSOR_PARALLEL)
     cuts: dict[str, Splits] = {
         "rows": [(0, 1), (0, 0)],  # tensor parallelism first, then FSDP: what torch calls a strided shard
-        "columns": [(1, 1), (0, 0)],
+        "columns": [(0, 0), (1, 1)],
         "copies": [(0, 0)],
     }
     parameters = list(layers(keys_of(keys)))
