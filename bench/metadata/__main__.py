@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=131_072)
     parser.add_argument("--keys", type=int, default=10_000)
     parser.add_argument("--jobs", nargs="+", choices=jobs.JOBS, default=list(jobs.JOBS))
+    parser.add_argument("--output", help="a file to append the lines to")
     parser.add_argument("--directory", help="where the repositories are; a temporary one if it is not given")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -180,7 +181,11 @@ def main() -> None:
                 command += ["--ranks", str(options.ranks), "--keys", str(options.keys), "--directory", directory]
                 result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found |= json.loads(result.stdout)
-            print(json.dumps(found), flush=True)
+            line = json.dumps({"command": " ".join(sys.argv[1:]), "python": sys.version.split()[0], **found})
+            print(line, flush=True)
+            if options.output:
+                with open(options.output, "a") as file:
+                    file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class Crowd:
         self._lines: dict[int, bytes] = {}
         self._speakers: frozenset[int] = frozenset()
         self._keys: Sequence[str] = ()
+        self.values: Mapping[int, Mapping[str, bytes]] | None = None
+        """Plain values by rank, if not those of its kind and one of its own."""
 
     def exchange(
         self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
@@ -165,6 +167,8 @@ class Crowd:
 
     def begin(self, step: int, saves: Saves) -> None:
         """Before each save."""
+        if self.values is not None:
+            self.kinds[0].values = self.values[0]
         self.step, self.saves = step, saves
         saves._assembly = Everyone(self)
         self._hellos: dict[tuple[Kind, frozenset[int]], bytes] = {}
@@ -174,17 +178,24 @@ class Crowd:
         """The commit of a save whose packs are written: tables of the right length, with hashes at random."""
         self._attempt = attempt
         written: Any = _Table(self._table(0))
-        return self.saves.commit(attempt, written, self.kinds[0].values, Labels(), Trace())
+        return self.saves.commit(attempt, written, self._values(0), Labels(), Trace())
 
     def _written(self, rank: int) -> bytes:
         table = self._table(rank)
-        own = self.kinds[rank].values["rng"] + rank.to_bytes(4, "little")
-        values = {**self.kinds[rank].values, "rng": own}
+        values = self._values(rank)
         digests = {name: chunk_hash(blob) for name, blob in values.items()}
         table = msgspec.structs.replace(table, values=digests)
         attempt = self._attempt
+        common = {digest for _, digest in attempt.values}
+        blobs = [blob for name, blob in values.items() if digests[name] not in common]
         size = sum(info.size for info in table.packs)
-        return msgspec.msgpack.encode(save._Written(attempt.id, attempt.agreed.digest, table, [own], size, size))
+        return msgspec.msgpack.encode(save._Written(attempt.id, attempt.agreed.digest, table, blobs, size, size))
+
+    def _values(self, rank: int) -> Mapping[str, bytes]:
+        if self.values is not None:
+            return self.values[rank]
+        same = self.kinds[rank].values
+        return {**same, "rng": same["rng"] + rank.to_bytes(4, "little")} if rank else same
 
     def _table(self, rank: int) -> RankTable:
         chunks = self._attempt.agreed.chunks

@@ -319,6 +319,10 @@ class Spread:
             found[classes] = len(self._sized(number).bundles) + counts.sum(axis=1)
         return found
 
+    def class_bytes(self) -> Ints:
+        """The bytes that each class holds."""
+        return np.array([self._sized(number).bytes.sum() for number in range(len(self._lengths))])[self._size_of]
+
     def _make_grid_firsts(self, class_number: int) -> list[int]:
         """Where in its class the chunks of each unit on the grid begin; at last, how many chunks there are."""
         number = int(self._size_of[class_number])

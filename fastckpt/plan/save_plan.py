@@ -32,7 +32,7 @@ from fastckpt.format.families import (
 from fastckpt.format.shard import Box, find_overlap
 from fastckpt.format.tables import SHARED, Chunks, Layout
 from fastckpt.plan.alike import runs_of
-from fastckpt.plan.placement import even_runs
+from fastckpt.plan.dealing import Share, deal
 
 KNOWN = 0
 """Equal on all ranks of ``among`` by what the tensor is (DTensor ``Replicate``, a DDP module's parameter)."""
@@ -195,16 +195,18 @@ def plan_save(
     chunk_bytes: int,
     *,
     families: bool = True,
+    share: Share | None = None,
 ) -> tuple[Layout, list[Comparison]]:
     """The layout of a save, and what has to be compared before each save that uses it.
 
     Ranks that offer alike are to be given one and the same object; then the time it takes grows with the number of
     different offers and digests, and not with that of the ranks times tensors. ``digests`` holds, for each rank, a
     digest of the whole content of every tensor that ``keys_to_digest`` names. Without ``families`` all shards are
-    listed. ``LimitExceeded`` for more chunks than a layout may have.
-    ``ValueError`` naming key and ranks if ranks disagree about a tensor, or do not hold all of it.
+    listed. ``share`` says how many bytes of what several ranks hold each of them writes; evenly without it.
+    ``LimitExceeded`` for more chunks than a layout may have. ``ValueError`` naming key and ranks if ranks disagree
+    about a tensor, or do not hold all of it.
     """
-    return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make()
+    return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make(share)
 
 
 def _kinds(offers: Mapping[int, RankOffer], digests: Mapping[int, Mapping[str, bytes]]) -> list[_Kind]:
@@ -256,7 +258,7 @@ class _Plan:
                 found.append(key)
         return found
 
-    def make(self) -> tuple[Layout, list[Comparison]]:
+    def make(self, share: Share | None) -> tuple[Layout, list[Comparison]]:
         aliases: dict[_Identity, _Identity] = {}
         held = _held(self._kinds)
         for key in sorted(held):
@@ -276,8 +278,13 @@ class _Plan:
                 raise ValueError(
                     f"{identity[0]}: tied to {to[0]}, of which ranks differ in what they hold. {_WAYS_OUT}"
                 )
-        families = self._make_families()
-        layout = msgspec.structs.replace(self._lay_out(aliases), families=families)
+        spreads = self._make_families()
+        layout, classes = self._lay_out(aliases)
+        writers, counts = deal(Chunks(layout), classes, spreads, len(self._nodes), share)
+        families = [
+            msgspec.structs.replace(spread.family, counts=each) for spread, each in zip(spreads, counts, strict=True)
+        ]
+        layout = msgspec.structs.replace(layout, writers=writers, families=families)
         members = self._classes.members
         return layout, [
             Comparison(runs_of(members[number]), sorted(names))
@@ -376,7 +383,8 @@ class _Plan:
 
     # The layout.
 
-    def _lay_out(self, aliases: Mapping[_Identity, _Identity]) -> Layout:
+    def _lay_out(self, aliases: Mapping[_Identity, _Identity]) -> tuple[Layout, list[tuple[tuple[int, ...], int]]]:
+        """The layout without families and writers, and the ranks of each class with the number of its units."""
         number = {identity: position for position, identity in enumerate(self._keys)}
         shards: list[tuple[int, Box]] = []
         units: list[list[int]] = []
@@ -415,13 +423,13 @@ class _Plan:
             writers=[],
             rank_nodes=list(self._nodes),
         )
-        return msgspec.structs.replace(layout, writers=_deal(Chunks(layout), class_units))
+        return layout, class_units
 
-    def _make_families(self) -> list[Family]:
+    def _make_families(self) -> list[Spread]:
         """The families of the tensors that are split by rule. Those that would take a reader too much work to check are
         listed instead."""
         number = {identity: position for position, identity in enumerate(self._keys)}
-        found: list[Family] = []
+        found: list[Spread] = []
         work = holding = chunks = 0
         for (mesh, sharded), tensors in sorted(self._ruled.items(), key=lambda item: number[item[1][0][0]]):
             offers = [self._described[identity] for identity, _ in tensors]
@@ -446,20 +454,13 @@ class _Plan:
                     self._list(identity, holders)
                 continue
             work, holding = work + spread.work, holding + spread.ranks.size
-            totals = spread.totals()
-            chunks += int(totals.sum())
+            chunks += int(spread.totals().sum())
             if chunks > CHUNKS_MAX:
                 raise LimitExceeded(
                     f"the state takes more than {CHUNKS_MAX} chunks of up to {self._chunk_bytes} bytes; save to a new "
                     "repository, with a larger Options(chunk_bytes)"
                 )
-            counts = np.zeros((spread.classes, spread.replicas), "<u4")
-            if spread.replicas == 1:
-                counts[:, 0] = totals
-            else:
-                for classes, sizes in spread.alike():
-                    counts[classes] = even_runs(sizes, spread.replicas)
-            found.append(msgspec.structs.replace(family, counts=counts.tobytes()))
+            found.append(spread)
         return found
 
 
@@ -601,17 +602,3 @@ def _ranks_of(kinds: Iterable[_Kind]) -> str:
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
-
-
-def _deal(chunks: Chunks, class_units: Iterable[tuple[tuple[int, ...], int]]) -> list[tuple[int, int]]:
-    """Runs of chunks by writer: each class evenly by bytes between the ranks that hold it."""
-    runs: list[tuple[int, int]] = []
-    units = chunks.units()
-    for ranks, count in class_units:
-        mine = list(itertools.islice(units, count))
-        if len(ranks) == 1:
-            runs.append((ranks[0], sum(unit.count for unit in mine)))
-        else:
-            sizes = [chunks.raw_bytes(pieces) for unit in mine for pieces in chunks.pieces(unit)]
-            runs += zip(ranks, even_runs(sizes, len(ranks)), strict=True)
-    return [(rank, length) for rank, length in runs if length]

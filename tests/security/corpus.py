@@ -684,6 +684,38 @@ each(
 )
 
 
+each(
+    "an index that says of values",
+    "index",
+    {
+        "a kind nobody knows": set_to("index", "values", "rng", to="some of them"),
+        "their names out of order": set_to("index", "values", to={"rng": "own", "progress": "same"}),
+        "a list of them": set_to("index", "values", to=["progress", "rng"]),
+        "rolls beside parts": set_to("index", "rolls", to=[{"digest": "0" * 64, "size": 1}]),
+        "no rolls in a list": set_to("index", "rolls", to=[]),
+    },
+)
+each(  # a rank of a job of another size goes by what it says: see test_kinds_of_values.py
+    "an index that says wrongly of values",
+    "",
+    {
+        "that they are equal": set_to("index", "values", "rng", to="same"),
+        "that they are not": set_to("index", "values", "progress", to="own"),
+        "that some ranks lack them": set_to("index", "values", "progress", to="some"),
+        "that there are others": set_to("index", "values", to={"more": "some", "progress": "same", "rng": "own"}),
+        "that there are none": set_to("index", "values", to={}),
+    },
+)
+each(
+    "an index with rolls",
+    "rolls|missing",
+    {
+        "of a few nodes": lambda a: a.index.update(parts=[], rolls=[{"digest": "0" * 64, "size": 1}]),
+        "of a great many": lambda a: a.index.update(parts=[], rolls=[{"digest": "0" * 64, "size": 1}] * 100),
+    },
+)
+
+
 def part(**fields: Any) -> Callable[[Author], object]:
     return lambda author: author.parts[0].update(fields)
 
