@@ -353,9 +353,8 @@ class _Plan:
         if len(ranks) == 1 or self._known(holders, number):
             return number
         # Found equal, but not known to be: written whole by one rank, so that ranks that drift apart are never mixed.
-        if len({kind.digests.get(key, b"") for kind, _ in holders} | {b""}) == 2 and all(
-            key in kind.digests for kind, _ in holders
-        ):
+        different = {kind.digests.get(key, b"") for kind, _ in holders}
+        if len(different) == 1 and b"" not in different:
             return self._classes.number(ranks[:1])
         by_digest: dict[bytes, list[int]] = {}
         members = set(ranks)
