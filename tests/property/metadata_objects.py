@@ -19,6 +19,7 @@ from fastckpt.format import document, pack, value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Abort, Commit, Format, Live, Open, decode_decision, decode_format
 from fastckpt.format.families import Family, Mesh
+from fastckpt.format.roll import decode_roll, make_rolls
 from fastckpt.format.tables import (
     Chunks,
     Index,
@@ -27,6 +28,7 @@ from fastckpt.format.tables import (
     Part,
     PartInfo,
     RankTable,
+    RollInfo,
     Rows,
     decode_index,
     decode_layout,
@@ -103,6 +105,10 @@ INDEX = Index(
     stored_bytes=900,
     environment={"torch": "2.13", "gpus": [1, 2.5, None]},
 )
+ROLLED = msgspec.structs.replace(
+    INDEX, parts=[], values={"a": "same", "b": "own", "c": "some"}, rolls=[RollInfo(DIGEST, 10), RollInfo(DIGEST, 20)]
+)
+ROLL = make_rolls(ATTEMPT, [PartInfo(node, DIGEST, 10 + node) for node in range(300)])[1]
 LIVE = Live(
     step=5, attempt=ATTEMPT, decision=2, created="now", bytes=9, index=DIGEST, metrics={"loss": 0.5}, note="note"
 )
@@ -215,6 +221,10 @@ def read_index(data: bytes) -> Index:
     return decode_index(data, document.digest(data), ATTEMPT)
 
 
+def read_roll(data: bytes) -> list[PartInfo]:
+    return decode_roll(data, RollInfo(document.digest(data), len(data)), ATTEMPT, 1, 300)
+
+
 def read_decision(data: bytes) -> object:
     return decode_decision(data, 2)
 
@@ -244,7 +254,8 @@ KINDS = {
     "decision": Kind(read_decision, seal, _json, DECISIONS),
     "layout": Kind(read_layout, table, _msgpack, [LAYOUT, RULED]),
     "part": Kind(read_part, table, _msgpack, [PART]),
-    "index": Kind(read_index, seal, _json, [INDEX]),
+    "index": Kind(read_index, seal, _json, [INDEX, ROLLED]),
+    "roll": Kind(read_roll, table, _msgpack, [ROLL]),
     "footer": Kind(read_pack, close, _msgpack, [FOOTER]),
     "value": Kind(value.decode, bytes, join, [tokens_and_data(plain) for plain in VALUES]),
 }
