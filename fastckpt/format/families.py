@@ -120,9 +120,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a shard is among the chunks."""
+    """Where a shard, which has elements, is among the chunks."""
 
     shard: int
+    box: Box
     first: int
     """Number of the first chunk of its unit."""
     count: int
@@ -355,12 +356,13 @@ class Spread:
 
     def place_of(self, class_number: int, position: int) -> Place:
         """Where a class's shard of a tensor is; it has elements."""
+        box = self.box(class_number, position)
         sized = self._sized(int(self._size_of[class_number]))
         if (bundle := int(sized.bundle_of[position])) >= 0:
-            return Place(position, bundle, 1, int(sized.byte[position]), sized.bundle_bytes[bundle])
+            return Place(position, box, bundle, 1, int(sized.byte[position]), sized.bundle_bytes[bundle])
         at = int(np.searchsorted(sized.grid, position))
         firsts = self._grid_firsts(class_number)
-        return Place(position, firsts[at], firsts[at + 1] - firsts[at], 0, 0)
+        return Place(position, box, firsts[at], firsts[at + 1] - firsts[at], 0, 0)
 
     def shard_count(self, position: int) -> int:
         """Classes that hold elements of a tensor."""
@@ -482,7 +484,7 @@ class FamilyChunks:
             place = self.spread.place_of(number, position)
             shard = self.first_shard + number * len(self.spread.family.tensors) + position
             first = int(self._class_first[number]) + place.first
-            yield Place(shard, first, place.count, place.byte, place.bundle_bytes)
+            yield Place(shard, place.box, first, place.count, place.byte, place.bundle_bytes)
 
     def _run(self, chunk: int) -> int:
         return int(np.searchsorted(self._run_first, chunk, "right")) - 1

@@ -45,6 +45,13 @@ class Box:
             sizes.append(high - low)
         return Box(tuple(offsets), tuple(sizes))
 
+    def touches(self, other: Box) -> bool:
+        """Whether there is a common element, of two boxes that have some."""
+        for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            if a >= b + n or b >= a + m:
+                return False
+        return True
+
     def shifted(self, offsets: Sequence[int]) -> Box:
         """This box seen from a frame whose origin is moved to ``-offsets``."""
         return Box(tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)), self.sizes)

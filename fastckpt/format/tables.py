@@ -170,6 +170,8 @@ class Chunks:
         self._rows: npt.NDArray[np.int64] = np.zeros(len(layout.rank_nodes), np.int64)
         for rank, count in rows.items():
             self._rows[rank] = count
+        self._bundles: dict[int, tuple[dict[int, int], int]] = {}
+        """For the listed bundles that were asked for, where each shard begins, and their bytes."""
         self._families: list[FamilyChunks] = []
         self._place: dict[int, tuple[FamilyChunks, int]] = {}
         """By key number, of tensors of families: the family and the position in it."""
@@ -246,8 +248,8 @@ class Chunks:
             return
         for shard in self._listed_shards.get(key, ()):
             box = self.layout.box(shard)
-            if box == wanted or box.intersect(wanted) is not None:
-                yield self._listed_places[shard]
+            if box.touches(wanted):
+                yield self._listed_place(shard, box)
 
     @functools.cached_property
     def _listed_shards(self) -> dict[int, list[int]]:
@@ -258,18 +260,25 @@ class Chunks:
         return found
 
     @functools.cached_property
-    def _listed_places(self) -> dict[int, Place]:
-        """By shard."""
-        found: dict[int, Place] = {}
+    def _unit_of(self) -> list[int]:
+        """By listed shard."""
+        found = [0] * len(self.layout.shard_keys)
         for number, shards in enumerate(self.layout.units):
-            unit = self._listed(number)
-            if not unit.is_bundle:
-                found[shards[0]] = Place(shards[0], unit.first, unit.count, 0, 0)
-                continue
-            starts = list(itertools.accumulate(map(self.layout.shard_bytes, shards), initial=0))
-            for shard, start in zip(shards, starts, strict=False):
-                found[shard] = Place(shard, unit.first, 1, start, starts[-1])
+            for shard in shards:
+                found[shard] = number
         return found
+
+    def _listed_place(self, shard: int, box: Box) -> Place:
+        number = self._unit_of[shard]
+        first, count = self._unit_first[number], self._unit_first[number + 1] - self._unit_first[number]
+        if len(self.layout.units[number]) == 1:
+            return Place(shard, box, first, count, 0, 0)
+        if number not in self._bundles:
+            shards = self.layout.units[number]
+            starts = list(itertools.accumulate(map(self.layout.shard_bytes, shards), initial=0))
+            self._bundles[number] = dict(zip(shards, starts, strict=False)), starts[-1]
+        byte, bundle_bytes = self._bundles[number]
+        return Place(shard, box, first, 1, byte[shard], bundle_bytes)
 
     def shard_count(self, key: int) -> int:
         """Shards of a key that have elements."""
@@ -281,21 +290,21 @@ class Chunks:
     def pieces(self, unit: Unit) -> list[list[Piece]]:
         """For each chunk of a unit, what it holds."""
         if not unit.is_bundle:
-            return [[piece] for piece in self.pieces_of(unit.shards[0])]
+            (shard,) = unit.shards
+            place = Place(shard, self.layout.box(shard), unit.first, unit.count, 0, 0)
+            return [[piece] for piece in self.pieces_of(place)]
         starts = itertools.accumulate(map(self.layout.shard_bytes, unit.shards), initial=0)
-        return [[self._whole(shard, start) for shard, start in zip(unit.shards, starts, strict=False)]]
+        sizes = (self.layout.box(shard).elements for shard in unit.shards)
+        return [[Piece(*each) for each in zip(unit.shards, itertools.repeat(0), sizes, starts, strict=False)]]
 
-    def pieces_of(self, shard: int, place: Place | None = None) -> list[Piece]:
-        """A shard in pieces, as it is in the chunks from ``place.first`` on; without a place, as a unit of its own."""
-        if place is not None and place.bundle_bytes:
-            return [self._whole(shard, place.byte)]
+    def pieces_of(self, place: Place) -> list[Piece]:
+        """A shard in pieces, as it is in the chunks from ``place.first`` on."""
+        if place.bundle_bytes:
+            return [Piece(place.shard, 0, place.box.elements, place.byte)]
         layout = self.layout
-        shape, size = layout.shapes[layout.shard_key(shard)], layout.item_bytes(shard)
-        cuts = chunk_cuts(shape, size, layout.box(shard), layout.chunk_bytes)
-        return [Piece(shard, start, stop, 0) for start, stop in itertools.pairwise(cuts)]
-
-    def _whole(self, shard: int, byte: int) -> Piece:
-        return Piece(shard, 0, self.layout.box(shard).elements, byte)
+        shape, size = layout.shapes[layout.shard_key(place.shard)], layout.item_bytes(place.shard)
+        cuts = chunk_cuts(shape, size, place.box, layout.chunk_bytes)
+        return [Piece(place.shard, start, stop, 0) for start, stop in itertools.pairwise(cuts)]
 
     def sizes(self, numbers: Iterable[int]) -> Iterator[int]:
         """Raw bytes of each of these chunks, whose numbers ascend."""

@@ -228,17 +228,15 @@ class ChunkRead:
 
 def plan_reads(chunks: Chunks, wants: Sequence[Want]) -> list[ChunkRead]:
     """The chunks that hold any wanted element, ascending, each once, with everything in them that is wanted."""
-    layout = chunks.layout
-    stored = dict(layout.aliases)
+    stored = dict(chunks.layout.aliases)
     found: dict[int, list[Delivery]] = {}
     raw_bytes: dict[int, int] = {}
     for want in wants:
         for place in chunks.places(stored.get(want.key, want.key), want.box):
-            shard, box = place.shard, layout.box(place.shard)
-            pieces = chunks.pieces_of(shard, place)
-            for at in _touched(box, pieces, want.box):
+            pieces = chunks.pieces_of(place)
+            for at in _touched(place.box, pieces, want.box):
                 chunk = place.first + at
-                found.setdefault(chunk, []).append(Delivery(pieces[at], box, want.target, want.box))
+                found.setdefault(chunk, []).append(Delivery(pieces[at], place.box, want.target, want.box))
                 raw_bytes[chunk] = place.bundle_bytes or chunks.raw_bytes([pieces[at]])
     return [ChunkRead(chunk, raw_bytes[chunk], tuple(found[chunk])) for chunk in sorted(found)]
 

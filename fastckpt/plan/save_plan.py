@@ -316,7 +316,8 @@ class _Plan:
         _check_cover(key, holders[0][1].shape, {box: members[number] for box, number in writers.items()})
         for box, number in writers.items():
             self._listed.setdefault(number, []).append((identity, box))
-        if owner == SHARED and holders[0][1].sharing != LOWEST:
+        several = any(len(members[number]) > 1 for number in boxes.values())
+        if several and owner == SHARED and holders[0][1].sharing != LOWEST:
             for number in self._by_box([(kind, (boxes,)) for kind, boxes in held if boxes]).values():
                 if len(members[number]) > 1 and not self._known(holders, number):
                     self._compared.setdefault(number, []).append(key)

@@ -126,7 +126,7 @@ class _Side:
         return self._stored_by.get(number, number)
 
     def places(self, number: int) -> dict[Box, Place]:
-        return {self.layout.box(place.shard): place for place in self.snapshot.chunks.places(number)}
+        return {place.box: place for place in self.snapshot.chunks.places(number)}
 
     def hash(self, chunk: int) -> bytes:
         return self.snapshot.place(chunk).hash

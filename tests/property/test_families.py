@@ -222,7 +222,8 @@ def test_units_and_places_are_those_that_shards_cut_and_bundled_one_by_one_have(
             unit = chunks.unit_at(place.first)
             assert (unit.first, unit.count) == (place.first, place.count)
             pieces = [piece for chunk in chunks.pieces(unit) for piece in chunk if piece.shard == place.shard]
-            assert chunks.pieces_of(place.shard, place) == pieces
+            assert chunks.pieces_of(place) == pieces
+            assert place.box == layout.box(place.shard)
             assert place.bundle_bytes == (chunks.raw_bytes(chunks.pieces(unit)[0]) if unit.is_bundle else 0)
 
 
