@@ -1,128 +1,90 @@
-"""Who writes which chunks of a layout: the bytes that each holder is given, as one run of consecutive chunks.
+"""Who writes which chunks of a layout: its classes, as whoever deals them out is to see them, and what was dealt.
 
-How many bytes that is, of what several ranks hold, is a ``Share``'s to say: evenly as long as nobody knows better.
+Ranks that hold the same are a class, whether their units are listed or follow from a family. A class's chunks are dealt
+to its ranks in runs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from fastckpt.format.families import Spread, Unit
+from fastckpt.format.families import Spread
 from fastckpt.format.tables import Chunks
+from fastckpt.plan.placement import even_runs
 
-Ints = npt.NDArray[np.int64]
 
-Share: TypeAlias = Callable[[Ints, Ints, Ints, Ints], Ints]
-"""Called with the bytes of each class; where in the next array its holders begin, and at last its length; the holders,
-ascending in each class; and for each rank the bytes that only it holds. Returns the bytes that each holder writes:
-they add up to those of its class."""
+@dataclass(frozen=True, eq=False)
+class Class:
+    """Consecutive chunks, and the ranks that hold all of them."""
+
+    ranks: Sequence[int]
+    """In the order in which they write runs of the chunks."""
+    sizes: Sequence[int]
+    """Bytes by chunk; classes that are alike have one list. Of one rank's class, only their sum is right."""
+
+
+Dealer: TypeAlias = Callable[[Sequence[Class]], Sequence[Sequence[int]]]
+"""For each class, and each of its ranks, the number of chunks of its run."""
+
+
+def deal_evenly(classes: Sequence[Class]) -> list[list[int]]:
+    """Nearly equal bytes for all ranks of a class."""
+    known: dict[tuple[int, int], list[int]] = {}
+    for each in classes:
+        key = (id(each.sizes), len(each.ranks))
+        if key not in known:
+            known[key] = even_runs(each.sizes, len(each.ranks))
+    return [known[id(each.sizes), len(each.ranks)] for each in classes]
 
 
 def deal(
-    chunks: Chunks,
-    listed: Sequence[tuple[Sequence[int], int]],
-    spreads: Sequence[Spread],
-    world_size: int,
-    share: Share | None,
+    chunks: Chunks, listed: Sequence[tuple[Sequence[int], int]], spreads: Sequence[Spread], dealer: Dealer
 ) -> tuple[list[tuple[int, int]], list[bytes]]:
-    """The writers of the listed units, and the counts of families.
+    """The writers of the listed units, and the counts of families. ``listed``: the classes of the units of ``chunks``,
+    in order: ranks, and the number of units."""
+    classes = list(_listed(chunks, listed))
+    count = len(classes)
+    for spread in spreads:
+        classes += _ruled(spread)
+    counts = dealer(classes)
+    runs = (zip(each.ranks, own, strict=True) for each, own in zip(classes[:count], counts, strict=False))
+    writers = [(rank, length) for run in runs for rank, length in run if length]
+    of_families: list[bytes] = []
+    for spread in spreads:
+        of_families.append(np.array(counts[count : count + spread.classes], "<u4").tobytes())
+        count += spread.classes
+    return writers, of_families
 
-    ``listed``: the classes of the units of ``chunks``, in order: ranks, and the number of units. Each class is split at
-    chunk boundaries: no rank is further from its share than one chunk.
-    """
+
+def _listed(chunks: Chunks, listed: Sequence[tuple[Sequence[int], int]]) -> Iterator[Class]:
     units = chunks.units()
-    sizes = [_sizes(chunks, list(itertools.islice(units, count)), len(ranks)) for ranks, count in listed]
-    holders = [np.array([ranks], np.int64) for ranks, _ in listed]
-    shares = _ask(share, [*zip(holders, sizes, strict=True)], spreads, world_size)
-    writers: list[tuple[int, int]] = []
-    for (ranks, _), each in zip(listed, sizes, strict=True):
-        given = next(shares, None)
+    for ranks, count in listed:
+        mine = list(itertools.islice(units, count))
         if len(ranks) == 1:
-            writers.append((ranks[0], len(each)))
-            continue
-        (counts,) = cut_runs(each, given, len(ranks))
-        writers += [(rank, int(count)) for rank, count in zip(ranks, counts, strict=True) if count]
-    return writers, [_family_counts(spread, next(shares, None)) for spread in spreads]
+            size = sum(chunks.layout.shard_bytes(shard) for unit in mine for shard in unit.shards)
+            yield Class(ranks, _sizes(size, sum(unit.count for unit in mine)))
+        else:
+            yield Class(ranks, [chunks.raw_bytes(pieces) for unit in mine for pieces in chunks.pieces(unit)])
 
 
-def _sizes(chunks: Chunks, units: Sequence[Unit], ranks: int) -> Sequence[int]:
-    """Bytes of each chunk of a class; if one rank has it, it does not matter which bytes are in which."""
-    if ranks == 1:
-        count, size = (
-            sum(unit.count for unit in units),
-            sum(chunks.layout.shard_bytes(s) for u in units for s in u.shards),
-        )
-        return [size, *[0] * (count - 1)]
-    return [chunks.raw_bytes(pieces) for unit in units for pieces in chunks.pieces(unit)]
-
-
-def _family_counts(spread: Spread, shares: Ints | None) -> bytes:
-    counts = np.zeros((spread.classes, spread.replicas), "<u4")
-    if spread.replicas == 1:
-        counts[:, 0] = spread.totals()
-        return counts.tobytes()
-    for classes, sizes in spread.alike():
-        counts[classes] = cut_runs(sizes, None if shares is None else shares[classes], spread.replicas)
-    return counts.tobytes()
-
-
-def _ask(
-    share: Share | None, listed: Sequence[tuple[Ints, Sequence[int]]], spreads: Sequence[Spread], world_size: int
-) -> Iterator[Ints]:
-    """For each listed class and each family, an array of shares by class and rank. Nothing without a ``share``."""
-    if share is None:
-        return
-    blocks = [(ranks, np.array([sum(sizes)], np.int64)) for ranks, sizes in listed]
-    blocks += [(spread.ranks, spread.class_bytes()) for spread in spreads]
-    fixed = np.zeros(world_size, np.int64)
-    for ranks, size in blocks:
-        if ranks.shape[1] == 1:
-            fixed[ranks[:, 0]] += size
-    asked = [(ranks, size) for ranks, size in blocks if ranks.shape[1] > 1]
-    found: list[Ints] = []
-    if asked:
-        orders = [np.argsort(ranks, axis=1) for ranks, _ in asked]
-        holders = [np.take_along_axis(ranks, order, 1) for (ranks, _), order in zip(asked, orders, strict=True)]
-        counts = np.concatenate([np.full(len(ranks), ranks.shape[1], np.int64) for ranks, _ in asked])
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        flat = share(
-            np.concatenate([size for _, size in asked]),
-            starts,
-            np.concatenate([each.reshape(-1) for each in holders]),
-            fixed,
-        )
-        begin = 0
-        for (ranks, _), order in zip(asked, orders, strict=True):
-            given = np.empty(ranks.shape, np.int64)
-            np.put_along_axis(given, order, flat[begin : begin + ranks.size].reshape(ranks.shape), 1)
-            begin += ranks.size
-            found.append(given)
-    several = iter(found)
-    for ranks, size in blocks:
-        yield size[:, None] if ranks.shape[1] == 1 else next(several)
-
-
-def cut_runs(sizes: Sequence[int], shares: Ints | None, writers: int) -> Ints:
-    """Cuts consecutive chunks of the given sizes into one run for each writer, for each row of ``shares``; one row, of
-    equal shares, without them. Returns the number of chunks of each run. No run ends further from where the shares do
-    than half a chunk."""
-    ends = np.cumsum(np.array(sizes, np.int64))
-    if not len(ends):
-        return np.zeros((1 if shares is None else len(shares), writers), np.int64)
-    if shares is None:
-        targets = (int(ends[-1]) * np.arange(1, writers) / writers)[None, :]
+def _ruled(spread: Spread) -> list[Class]:
+    ranks = spread.ranks.tolist()
+    sizes: dict[int, Sequence[int]] = {}
+    if spread.replicas > 1:
+        for alike, same in spread.alike():
+            sizes |= dict.fromkeys(alike.tolist(), same)
     else:
-        targets = np.cumsum(shares, axis=1)[:, :-1].astype(np.float64)
-    at = np.searchsorted(ends, targets)
-    # The boundary before or after the target, whichever is nearer.
-    before = np.where(at > 0, ends[at - 1], 0)
-    after = ends[np.minimum(at, len(ends) - 1)]
-    at = np.minimum(np.where(after - targets < targets - before, at + 1, at), len(ends))
-    cuts = np.pad(np.maximum.accumulate(at, axis=1), ((0, 0), (1, 1)))
-    cuts[:, -1] = len(ends)
-    return np.diff(cuts, axis=1)
+        pairs = list(zip(spread.class_bytes().tolist(), spread.totals().tolist(), strict=True))
+        different = {pair: _sizes(*pair) for pair in set(pairs)}
+        sizes = {number: different[pair] for number, pair in enumerate(pairs)}
+    return [Class(ranks[number], sizes[number]) for number in range(spread.classes)]
+
+
+def _sizes(size: int, count: int) -> list[int]:
+    """So many chunks of so many bytes in all, where it does not matter which has how many."""
+    return [size, *[0] * (count - 1)] if count else []

@@ -32,7 +32,7 @@ from fastckpt.format.families import (
 from fastckpt.format.shard import Box, find_overlap
 from fastckpt.format.tables import SHARED, Chunks, Layout
 from fastckpt.plan.alike import runs_of
-from fastckpt.plan.dealing import Share, deal
+from fastckpt.plan.dealing import Dealer, deal, deal_evenly
 
 KNOWN = 0
 """Equal on all ranks of ``among`` by what the tensor is (DTensor ``Replicate``, a DDP module's parameter)."""
@@ -195,18 +195,18 @@ def plan_save(
     chunk_bytes: int,
     *,
     families: bool = True,
-    share: Share | None = None,
+    dealer: Dealer = deal_evenly,
 ) -> tuple[Layout, list[Comparison]]:
     """The layout of a save, and what has to be compared before each save that uses it.
 
     Ranks that offer alike are to be given one and the same object; then the time it takes grows with the number of
     different offers and digests, and not with that of the ranks times tensors. ``digests`` holds, for each rank, a
     digest of the whole content of every tensor that ``keys_to_digest`` names. Without ``families`` all shards are
-    listed. ``share`` says how many bytes of what several ranks hold each of them writes; evenly without it.
+    listed. ``dealer`` says who writes which chunks of what several ranks hold.
     ``LimitExceeded`` for more chunks than a layout may have. ``ValueError`` naming key and ranks if ranks disagree
     about a tensor, or do not hold all of it.
     """
-    return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make(share)
+    return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make(dealer)
 
 
 def _kinds(offers: Mapping[int, RankOffer], digests: Mapping[int, Mapping[str, bytes]]) -> list[_Kind]:
@@ -258,7 +258,7 @@ class _Plan:
                 found.append(key)
         return found
 
-    def make(self, share: Share | None) -> tuple[Layout, list[Comparison]]:
+    def make(self, dealer: Dealer) -> tuple[Layout, list[Comparison]]:
         aliases: dict[_Identity, _Identity] = {}
         held = _held(self._kinds)
         for key in sorted(held):
@@ -280,7 +280,7 @@ class _Plan:
                 )
         spreads = self._make_families()
         layout, classes = self._lay_out(aliases)
-        writers, counts = deal(Chunks(layout), classes, spreads, len(self._nodes), share)
+        writers, counts = deal(Chunks(layout), classes, spreads, dealer)
         families = [
             msgspec.structs.replace(spread.family, counts=each) for spread, each in zip(spreads, counts, strict=True)
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from unittest import mock
@@ -25,7 +26,7 @@ from fastckpt.format.dtype import ITEM_BYTES
 from fastckpt.format.families import Mesh, mesh_of
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, check_layout, decode_layout
-from fastckpt.plan.dealing import Share
+from fastckpt.plan.dealing import Class, Dealer, deal_evenly
 from fastckpt.plan.restore_plan import Want, plan_reads, regions
 from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer, plan_save
 
@@ -79,9 +80,9 @@ class Job:
             found[rank] = kinds.setdefault(tuple(offer.key for offer in offers), offer) if by_rule else offer
         return found
 
-    def plan(self, *, by_rule: bool = True, families: bool = True, share: Share | None = None) -> Layout:
+    def plan(self, *, by_rule: bool = True, families: bool = True, dealer: Dealer = deal_evenly) -> Layout:
         offers, nodes = self.offers(by_rule=by_rule), [0] * self.world_size
-        layout, comparisons = plan_save(offers, {}, nodes, CHUNK_BYTES, families=families, share=share)
+        layout, comparisons = plan_save(offers, {}, nodes, CHUNK_BYTES, families=families, dealer=dealer)
         assert comparisons == []
         return layout
 
@@ -271,31 +272,27 @@ def test_holders_of_a_class_write_equal_shares(job: Job) -> None:
 
 
 @given(jobs(), st.booleans(), st.randoms(use_true_random=False))
-def test_holders_write_the_shares_they_are_given_but_for_less_than_a_chunk(
-    job: Job, by_rule: bool, random: Random
-) -> None:
-    given_bytes: dict[int, int] = dict.fromkeys(range(job.world_size), 0)
-    classes = 0
+def test_holders_write_the_runs_that_a_dealer_gives_them(job: Job, by_rule: bool, random: Random) -> None:
+    given_chunks: dict[int, int] = dict.fromkeys(range(job.world_size), 0)
+    given_bytes = 0
 
-    def share(sizes: np.ndarray, starts: np.ndarray, holders: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-        nonlocal classes
-        classes = len(sizes)
-        found = np.zeros(len(holders), np.int64)
-        for size, start, stop in zip(sizes.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            assert (np.diff(holders[start:stop]) > 0).all()
-            assert stop - start > 1
-            cuts = sorted(random.choice([0, size, random.randint(0, size)]) for _ in range(stop - start - 1))
-            found[start:stop] = np.diff([0, *cuts, size])
-        for rank, size in [*zip(holders.tolist(), found.tolist(), strict=True), *enumerate(fixed.tolist())]:
-            given_bytes[rank] += size
+    def dealer(classes: Sequence[Class]) -> list[list[int]]:
+        nonlocal given_bytes
+        found = []
+        for each in classes:
+            count = len(each.sizes)
+            cuts = sorted(random.choice([0, count, random.randint(0, count)]) for _ in each.ranks[1:])
+            found.append(np.diff([0, *cuts, count]).tolist())
+            given_bytes += sum(each.sizes)
+            for rank, length in zip(each.ranks, found[-1], strict=True):
+                given_chunks[rank] += length
         return found
 
-    layout = job.plan(by_rule=by_rule, share=share)
-    chunks, stored = check_layout(layout, "x"), written(job, layout)
-    assert sum(given_bytes.values()) == (layout.bytes() if classes else 0)
-    for rank in range(job.world_size) if classes else ():
-        wrote = sum(len(stored[number]) for run in chunks.runs_of(rank) for number in run)
-        assert abs(wrote - given_bytes[rank]) <= CHUNK_BYTES * classes
+    layout = job.plan(by_rule=by_rule, dealer=dealer)
+    chunks = check_layout(layout, "x")
+    assert given_bytes == layout.bytes()
+    assert {rank: chunks.row_count(rank) for rank in range(job.world_size)} == given_chunks
+    written(job, layout)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
