@@ -185,7 +185,7 @@ class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
     raw_bytes: int
     stored_bytes: int
     layout: bytes
-    """Digest."""
+    """The first half of its digest: enough to tell layouts of one job apart."""
     values: Differences
 
 
@@ -570,7 +570,7 @@ class Saves:
         raw = sum(written.tensor_bytes for written in ranks) + sum(len(blob) for blob in blobs.values())
         stored = sum(written.stored_bytes for written in ranks)
         differences = find_differences(attempt.values, [written.table.values for written in ranks])
-        digest, layout = bytes.fromhex(part.digest), bytes.fromhex(attempt.agreed.digest)
+        digest, layout = bytes.fromhex(part.digest), bytes.fromhex(attempt.agreed.digest[:32])
         return msgspec.msgpack.encode(_NodeLine(part.node, digest, part.size, raw, stored, layout, differences))
 
     def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels, trace: Trace) -> bytes:
@@ -578,7 +578,7 @@ class Saves:
         assert self._committer is not None
         try:
             parts = [msgspec.msgpack.decode(data, type=_NodeLine) for _, data in sorted(checked(lines).items())]
-            if any(line.layout.hex() != attempt.agreed.digest for line in parts):
+            if any(line.layout.hex() != attempt.agreed.digest[:32] for line in parts):
                 raise SaveError(f"step {attempt.step}: nodes wrote by different layouts")
             live = self._committer.commit(
                 Contents(
