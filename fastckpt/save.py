@@ -344,8 +344,16 @@ class Saves:
                 for shard in sorted(shards)
             }
             streams = pull.streams_of(agreed.sizes, STREAMS, pool)
-            codec = self._options.codec
-            self._writer = ChunkWriter(self._store, attempt.id, self._rank, agreed.sizes, codec, trace, streams)
+            self._writer = ChunkWriter(
+                self._store,
+                attempt.id,
+                self._rank,
+                agreed.sizes,
+                self._options.codec,
+                trace,
+                streams,
+                pull.batch_bytes_of(streams, pool),
+            )
             flow = Pull(
                 self._writer,
                 pool,
