@@ -62,7 +62,10 @@ class Restores:
         ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise. ``trace``: where
         reading the snapshot is recorded."""
 
+        found: Snapshot | None = None
+
         def decide(replies: Mapping[int, bytes]) -> bytes:
+            nonlocal found
             if len(set(replies.values())) > 1:
                 asked = [f"rank {rank}: {msgspec.msgpack.decode(reply)}" for rank, reply in sorted(replies.items())[:8]]
                 raise ValueError(
@@ -81,7 +84,11 @@ class Restores:
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)
-        return None if live is None else Snapshot(self._store, live, trace)
+        if live is None:
+            return None
+        snapshot = found or Snapshot(self._store, live)  # the coordinator has read some of it already
+        snapshot.trace = trace or snapshot.trace
+        return snapshot
 
     def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:
         """What ``find`` finds to do on each rank, and how the snapshot fits there; ``StateMismatch`` on every rank if,

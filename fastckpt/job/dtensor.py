@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, placement_types
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -43,9 +45,15 @@ def local_boxes(tensor: DTensor, key: str) -> list[tuple[Box, Box]]:
     return boxes
 
 
-def mesh_ranks(tensor: DTensor) -> list[int]:
-    """The ranks among which the placements of ``tensor`` tell who holds what."""
-    return sorted(int(rank) for rank in tensor.device_mesh.mesh.flatten().tolist())
+def mesh_ranks(tensor: DTensor) -> tuple[int, ...]:
+    """The ranks among which the placements of ``tensor`` tell who holds what, sorted."""
+    mesh = tensor.device_mesh
+    if mesh not in _RANKS:  # which torch works out anew each time
+        _RANKS[mesh] = tuple(sorted(mesh.mesh.flatten().tolist()))
+    return _RANKS[mesh]
+
+
+_RANKS: weakref.WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = weakref.WeakKeyDictionary()
 
 
 @lru_cache(maxsize=65536)

@@ -5,6 +5,7 @@ Nothing is changed here. What does not fit is collected, so that one error can n
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
+from fastckpt.buffers import address
 from fastckpt.format import value
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
@@ -51,10 +54,23 @@ class TensorSink:
         self._tensor = tensor.detach()
         self._dtype = torch_dtype(stored_dtype)
         self._stored_bytes = item_bytes(stored_dtype)
+        kept = self._tensor
+        self._is_plain = (
+            kept.device.type == "cpu"
+            and kept.dtype == self._dtype
+            and not (kept.is_conj() or kept.is_neg() or kept.is_inference())
+        )
 
     @torch.no_grad()
     def place(self, offsets: tuple[int, ...], sizes: tuple[int, ...], data: memoryview) -> None:
         target = self._tensor[Box(offsets, sizes).relative_to(self._box).slices()]
+        if self._is_plain and target.is_contiguous():
+            # Wherever the bytes lie, by one thread and without the interpreter's lock: torch's copy wants them aligned,
+            # and each of the threads that read would have it start as many as there are cores.
+            assert len(data) == target.nbytes
+            ctypes.memmove(target.data_ptr(), address(data), len(data))
+            increment_version(target)  # who has kept the tensor for a backward is to hear of it
+            return
         raw = torch.frombuffer(data if not data.readonly else bytearray(data), dtype=torch.uint8)
         if raw.data_ptr() % self._stored_bytes:  # inside a bundle, behind tensors of another width
             raw = raw.clone()

@@ -83,7 +83,7 @@ def hold(
     if type(tensor) is DTensor:
         boxes = tuple((box, at) for box, at in dtensor.local_boxes(tensor, key) if box.elements)
         # Its placements say which ranks of its mesh hold equal boxes, wherever in the state it is.
-        among = tuple(dtensor.mesh_ranks(tensor))
+        among = dtensor.mesh_ranks(tensor)
         portion = _Portion(tuple(tensor.shape), tensor.stride(), boxes, KNOWN, among, volatile)
         return _hold_portion(key, subclass.settled(tensor._local_tensor), portion)
     if subclass.is_plain(tensor):
