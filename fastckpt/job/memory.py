@@ -28,10 +28,11 @@ class StagingMemory:
 
     def pool(self, bytes_within: Callable[[int], int], devices: Iterable[torch.device], *, in_use: bool) -> Pool:
         """The pool for a save, which within a budget makes use of ``bytes_within(budget)``. A new one if that is more
-        than there is, or if somebody may still use the one there is (``in_use``). ``SaveError`` if there is no memory.
+        than there is, or if somebody may still use the one there is (``in_use``, or a slot that did not come back from
+        a save that failed). ``SaveError`` if there is no memory.
         """
         wanted = bytes_within(self._bytes_max or _budget_bytes(self._ranks_on_node))
-        if self._pool is not None and (self._pool.bytes < wanted or in_use):
+        if self._pool is not None and (self._pool.bytes < wanted or in_use or not self._pool.is_whole):
             self.close()
         if self._pool is None:
             self._pool = Pool(wanted)
