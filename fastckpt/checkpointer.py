@@ -437,6 +437,7 @@ class Checkpointer:
         trace = self._new_trace()
         with trace.span("restore"):
             snapshot = self._restore(trace, state, step, only, rename, missing, cast, policy)
+        trace.end()
         if snapshot is None:
             return None
         self._restored = Snapshot(self._store, snapshot.live, trace)  # without the metadata that was read
@@ -445,7 +446,7 @@ class Checkpointer:
     @property
     def restored(self) -> Snapshot | None:
         """What the last ``restore`` restored; None before, if it found none, or if it failed. Its ``counters`` and
-        ``timeline()`` tell of that restore on this rank."""
+        ``timeline()`` tell of that restore on this rank, and not of what is read through it later."""
         return self._restored
 
     def _restore(

@@ -116,6 +116,7 @@ class Trace:
         self._records = bytearray()
         self._shortest = 0
         self._left_out = 0
+        self._ended = False
 
     def span(self, name: str, bytes: int = 0) -> AbstractContextManager[None]:  # noqa: A002 - the unit is the name
         """Records the time spent inside, and ``bytes`` moved by it, under ``name``; also when it raises."""
@@ -125,8 +126,14 @@ class Trace:
         """Records a span from the making of this trace to now, which belongs to no thread."""
         self._add(name, "", self._start, time.monotonic_ns() - self._start, 0)
 
+    def end(self) -> None:
+        """From now on nothing is recorded any more."""
+        self._ended = True
+
     def _add(self, name: str, thread: str, start: int, length: int, bytes: int) -> None:  # noqa: A002
         with self._lock:
+            if self._ended:
+                return
             number = self._names.get(name)
             if number is None:
                 number = self._names[name] = len(self._names)

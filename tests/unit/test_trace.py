@@ -279,7 +279,10 @@ def test_the_checkpointer_tells_of_its_last_restore_and_a_snapshot_of_what_was_r
         assert ckpt.restore(state) == 1
         assert ckpt.restored is not None
         assert ckpt.restored.step == 1
-        assert ckpt.restored.counters["place_bytes"] == ckpt.restored.counters["verify_bytes"] == 12000
+        counters = ckpt.restored.counters
+        assert counters["place_bytes"] == counters["verify_bytes"] == 12000
+        ckpt.restored.read("weight")
+        assert ckpt.restored.counters == counters, "they are the restore's"
         with pytest.raises(fastckpt.StateMismatch):
             ckpt.restore({"bias": torch.zeros(2)})
         assert ckpt.restored is None, "it failed"
