@@ -215,7 +215,11 @@ class Staging:
             stream = torch.Stream(device)
             stream.wait_event(self._events[device])
             self._streams[device] = stream
-        return self._streams[device]
+        stream = self._streams[device]
+        # An object of its own for each thread that enters the stream: the object keeps what to go back to.
+        return torch.Stream(
+            stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+        )
 
 
 def _encode(name: str, tree: object) -> bytes:
