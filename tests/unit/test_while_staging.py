@@ -200,6 +200,23 @@ def test_a_change_after_the_save_and_before_staging_is_detected(url: str, gate: 
     assert fastckpt.open(url).snapshots() == []
 
 
+@pytest.mark.parametrize("left_bytes", [0, 4096])
+@pytest.mark.parametrize("strides", [(64, 1), (1, 64)])
+def test_memory_that_is_taken_from_a_tensor_before_staging_is_not_read(
+    url: str, gate: Gate, strides: tuple[int, int], left_bytes: int
+) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(64 * 64).as_strided((64, 64), strides))
+    ckpt = Checkpointer(url, options=Options())  # one chunk: of a whole tensor torch checks no copy
+    gate.shut()
+    pending = ckpt.save(1, {"model": module})
+    module.weight.untyped_storage().resize_(left_bytes)
+    gate.open()
+    with pytest.raises(SaveError, match=r"^model\.weight lost memory of its storage while it was being staged"):
+        pending.wait(SECONDS)
+    ckpt.close()
+
+
 @pytest.mark.parametrize("glob", ["m.a.*", "m.b.*"])
 def test_a_tied_tensor_is_copied_if_a_glob_fits_any_of_its_keys(url: str, gate: Gate, glob: str) -> None:
     module = Tied()
