@@ -9,7 +9,7 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsIndex
 
@@ -25,7 +25,7 @@ from fastckpt.errors import (
     SnapshotNotFound,
 )
 from fastckpt.format.decision import check_labels
-from fastckpt.group import Group
+from fastckpt.group import Group, as_told
 from fastckpt.job.asked import Asked, ask
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
@@ -223,7 +223,7 @@ class Checkpointer:
         self._hold_step()  # what the save before is still reading must not be waited for without limit here either
         self._release()
         pending = Pending(step, self._new_trace())
-        with pending._trace.span("return"):
+        with _raising(SaveError, f"step {step}"), pending._trace.span("return"):
             self._start(pending, state, metrics, note)
         # Only now: ranks learn of a failure at different moments, and must start the same saves all the same.
         self._raise_earlier(than=pending)
@@ -297,7 +297,8 @@ class Checkpointer:
         except Exception as error:
             offered = error
         self._join()
-        agreed = self._saves.prepare(offered)
+        with _raising(SaveError, self.url):
+            agreed = self._saves.prepare(offered)
         assert isinstance(offered, Staging)
         devices = offered.devices
         offered.release()
@@ -308,7 +309,7 @@ class Checkpointer:
             self._thread = thread
 
     def _fault(self, agreed: Agreed, devices: Iterable[Any]) -> None:
-        with contextlib.suppress(FastckptError):  # which the save meets again
+        with contextlib.suppress(FastckptError, MemoryError):  # which the save meets again
             self._pool(agreed, devices).fault(self._is_wanted.is_set)
 
     def _run(
@@ -321,22 +322,23 @@ class Checkpointer:
     ) -> None:
         """The part of a save that happens behind the training loop."""
         try:
-            if before is not None:
-                before.join()
-            if attempt is None:
-                attempt = self._saves.agree(pending.step, staging, pending._trace)
-            written: Any
-            try:
-                pool = self._pool(attempt.agreed, staging.devices)
-                written = self._saves.write(attempt, staging, pool, pending._trace, lambda: pending._mark("staged"))
-                pending._mark("written")
-            except Exception as error:
-                written = error
-            pending._staged.set()
-            staging.release()
-            live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
-            pending._snapshot = Snapshot(self._store, live)
-            pending._trace.add_since_start("committed")
+            with _raising(SaveError, f"step {pending.step}"):
+                if before is not None:
+                    before.join()
+                if attempt is None:
+                    attempt = self._saves.agree(pending.step, staging, pending._trace)
+                written: Any
+                try:
+                    pool = self._pool(attempt.agreed, staging.devices)
+                    written = self._saves.write(attempt, staging, pool, pending._trace, lambda: pending._mark("staged"))
+                    pending._mark("written")
+                except Exception as error:
+                    written = error
+                pending._staged.set()
+                staging.release()
+                live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
+                pending._snapshot = Snapshot(self._store, live)
+                pending._trace.add_since_start("committed")
         except BaseException as error:
             self._steps.discard(pending.step)
             self._failed.append(pending)
@@ -365,7 +367,7 @@ class Checkpointer:
         """Once a job: removes what dead attempts of earlier jobs left behind."""
         try:
             self._saves.clean()
-        except FastckptError as error:  # harmless, and the next job tries again
+        except (FastckptError, MemoryError) as error:  # harmless, and the next job tries again
             log.warning("%s: could not remove what earlier attempts left behind: %s", self.url, error)
 
     def _hold_step(self) -> None:
@@ -435,7 +437,7 @@ class Checkpointer:
         self._check_open()
         self._restored = None
         trace = self._new_trace()
-        with trace.span("restore"):
+        with _raising(RestoreError, self.url), trace.span("restore"):
             snapshot = self._restore(trace, state, step, only, rename, missing, cast, policy)
         trace.end()
         if snapshot is None:
@@ -660,6 +662,18 @@ class Checkpointer:
         for failed in self._failed:
             if not failed._raised:
                 log.error("%s: step %d was not saved: %s", self.url, failed.step, failed.error)
+
+
+@contextlib.contextmanager
+def _raising(kind: type[FastckptError], what: str) -> Iterator[None]:
+    """Raises errors of other kinds than ours and wrong arguments' as ``kind``, on the rank that failed as on others."""
+    try:
+        yield
+    except Exception as error:
+        told = as_told(error)
+        if type(told) is not FastckptError:
+            raise
+        raise kind(f"{what}: {told}") from error
 
 
 def _checked_metric(name: object, number: object) -> float:

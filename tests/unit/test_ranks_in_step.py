@@ -280,3 +280,34 @@ def test_ranks_that_ask_for_different_steps_all_raise(url: str, ranks: Ranks) ->
         assert error is not None
         assert "ranks ask for different steps" in str(error)
         assert values == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("fastckpt.job.state.Describer.describe", SaveError),
+        ("fastckpt.repository.writer.Committer.commit", SaveError),
+        ("fastckpt.repository.repository.Repository.choose", RestoreError),
+        ("fastckpt.repository.reader.Snapshot.read_chunks", RestoreError),
+    ],
+)
+def test_an_error_that_is_none_of_ours_is_raised_as_one_of_the_operation_on_every_rank(
+    url: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, place: str, kind: type[Exception]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no more of it")
+
+    def save(rank: int) -> None:
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            ckpt.save(1, {"w": torch.zeros(3)}).wait()
+
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            return outcome(lambda: ckpt.save(2, state).wait() if kind is SaveError else ckpt.restore(state))
+
+    ranks.run(save)
+    monkeypatch.setattr(place, fail)
+    for error in ranks.run(job):
+        assert isinstance(error, kind)
+        assert "MemoryError: no more of it" in str(error)
