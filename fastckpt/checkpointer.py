@@ -9,7 +9,7 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsIndex
 
@@ -466,7 +466,7 @@ class Checkpointer:
         problem: Exception | None = None
         try:
             asked, selection = self._asked(state, step, only, rename, missing, policy)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others must hear of it
             problem, asked, selection = error, None, Selection()
         names = [] if asked is None else asked.names
         before: int | None = None
@@ -509,10 +509,15 @@ class Checkpointer:
         """What a restore asks for: what the snapshot must have something for, None if nothing, and the selection."""
         if not isinstance(state, dict):
             raise TypeError(f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}")
+        if not all(isinstance(name, str) for name in state):
+            raise TypeError(f"names in the state are strings: {list(state)!r}")
         if step is not None:
             _checked_step(step)
-        if rename is not None and not isinstance(rename, Mapping):
+        rename = {} if rename is None else rename
+        if not isinstance(rename, Mapping) or not all(isinstance(name, str) for name in (*rename, *rename.values())):
             raise TypeError(f"rename={rename!r} is not a mapping of prefixes to prefixes")
+        if isinstance(only, str) or not isinstance(only, Collection) or not all(isinstance(each, str) for each in only):
+            raise TypeError(f"only={only!r} is not a list of globs")
         if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
             raise ValueError(
                 f"missing={missing!r}, policy={policy!r}: missing is 'raise' or 'keep', policy 'strict' or 'previous'"
@@ -522,8 +527,6 @@ class Checkpointer:
                 "missing='keep' with policy='previous' could keep what was restored from a snapshot that proved to be "
                 "damaged; restore with policy='strict', and pass the step to go back to"
             )
-        if isinstance(only, str):
-            raise TypeError(f"only={only!r} is a list of globs, not a string")
         selection = Selection(only, rename)
         return None if missing == "keep" else ask(state, selection), selection
 

@@ -53,9 +53,9 @@ class Group(Protocol):
         """Posts ``reply`` under ``name``, which the members use once; returns what the leader's ``decide`` returned.
 
         ``members`` is sorted and holds this rank; the first is the leader, on which ``decide`` gets every member's
-        reply by rank. What ``decide`` raises is raised on all members, as ``as_told`` has it. The leader waits until ``until.replies`` and
-        then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that has no answer by
-        ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
+        reply by rank. What ``decide`` raises is raised on all members, as ``as_told`` has it. The leader waits until
+        ``until.replies`` and then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that has
+        no answer by ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
         """
 
     def post(self, name: str, data: bytes) -> None:

@@ -184,8 +184,14 @@ def test_wrong_arguments_of_restore_are_refused(url: str) -> None:
             ckpt.restore({}, missing="ignore")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="policy='any'"):
             ckpt.restore({}, policy="any")  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="is a list of globs, not a string"):
-            ckpt.restore({}, only="model.*")
+        with pytest.raises(TypeError, match="names in the state are strings"):
+            ckpt.restore({1: 1})  # type: ignore[dict-item]
+        for only in ("model.*", [None], None, 5):
+            with pytest.raises(TypeError, match="is not a list of globs"):
+                ckpt.restore({}, only=only)  # type: ignore[arg-type]
+        for rename in ({"model.": None}, {1: "model."}, [("a.", "b.")]):
+            with pytest.raises(TypeError, match="is not a mapping of prefixes"):
+                ckpt.restore({}, rename=rename)  # type: ignore[arg-type]
 
 
 def test_a_step_is_saved_once_until_a_rollback_makes_room_for_it(url: str) -> None:

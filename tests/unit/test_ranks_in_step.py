@@ -282,6 +282,29 @@ def test_ranks_that_ask_for_different_steps_all_raise(url: str, ranks: Ranks) ->
         assert values == [0.0, 0.0, 0.0]
 
 
+class Unreadable(dict[str, Any]):
+    def items(self) -> Any:
+        raise AttributeError("not here")
+
+
+@pytest.mark.parametrize("wrong", [{"only": [None]}, {"state": Unreadable()}], ids=["only", "state"])
+def test_a_restore_that_is_asked_for_wrongly_on_one_rank_fails_on_all_and_the_next_does_not(
+    url: str, ranks: Ranks, wrong: dict[str, Any]
+) -> None:
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            ckpt.save(1, state).wait()
+            error = outcome(lambda: ckpt.restore(**{"state": state, **(wrong if rank == 1 else {})}))
+            assert ckpt.restore(state) == 1
+            return error
+
+    first, second = ranks.run(job)
+    assert isinstance(first, RestoreError)
+    assert "rank 1" in str(first)
+    assert isinstance(second, TypeError if "only" in wrong else RestoreError)
+
+
 @pytest.mark.parametrize(
     ("place", "kind"),
     [
