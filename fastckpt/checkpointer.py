@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import operator
 import os
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsIndex
 
@@ -139,6 +140,36 @@ class Pending:
         self._finished.set()
 
 
+class Work:
+    """Something to be done once, behind the training loop."""
+
+    def __init__(self, name: str, do: Callable[[], None]) -> None:
+        """``name``: of the thread that does it."""
+        self._name = name
+        self._do = do
+        self._claim = threading.Lock()
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        """Has a thread do it; the caller's, before this returns, if the system gives no other. May be called again."""
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._run()
+
+    def join(self) -> None:
+        """Waits until it is done."""
+        self._over.wait()
+
+    def _run(self) -> None:
+        if self._claim.acquire(blocking=False):
+            try:
+                self._do()
+            finally:
+                del self._do  # and with it what it holds
+                self._over.set()
+
+
 class Closable(Protocol):
     """What ends with a Checkpointer."""
 
@@ -174,7 +205,7 @@ class Checkpointer:
         self._pending: Pending | None = None
         self._describer = Describer(self._options.copy)
         self._staging: Staging | None = None
-        self._thread: threading.Thread | None = None
+        self._work: Work | None = None
         self._failed: list[Pending] = []
         on_node = sum(node == self._group.nodes[self._group.rank] for node in self._group.nodes)
         self._memory = StagingMemory(self._options.staging_bytes_max, on_node)
@@ -272,14 +303,13 @@ class Checkpointer:
             )
         self._steps.add(pending.step)
         self._is_wanted.set()
-        self._pending, self._staging = pending, offered
-        work = (pending, offered, attempt, labels, self._thread)
-        thread = threading.Thread(target=self._run, args=work, name="fastckpt-save", daemon=True)
+        work = Work("fastckpt-save", functools.partial(self._run, pending, offered, attempt, labels, self._work))
         try:
-            thread.start()
-            self._thread = thread
-        except (RuntimeError, MemoryError):  # the system gives no thread: the loop waits for this save
-            self._run(*work)
+            self._pending, self._staging, self._work = pending, offered, work
+            work.start()
+        except BaseException:  # an interrupt: what may be waited for from now on must come to its end
+            work.start()
+            raise
         if copy:
             self._hold_step()
 
@@ -303,10 +333,9 @@ class Checkpointer:
         devices = offered.devices
         offered.release()
         self._is_wanted.clear()
-        thread = threading.Thread(target=self._fault, args=(agreed, devices), name="fastckpt-prepare", daemon=True)
-        with contextlib.suppress(RuntimeError, MemoryError):  # the save itself does all that it needs
-            thread.start()
-            self._thread = thread
+        work = Work("fastckpt-prepare", functools.partial(self._fault, agreed, devices))
+        work.start()
+        self._work = work
 
     def _fault(self, agreed: Agreed, devices: Iterable[Any]) -> None:
         with contextlib.suppress(FastckptError, MemoryError):  # which the save meets again
@@ -318,7 +347,7 @@ class Checkpointer:
         staging: Staging,
         attempt: Attempt | None,
         labels: Labels,
-        before: threading.Thread | None,
+        before: Work | None,
     ) -> None:
         """The part of a save that happens behind the training loop."""
         try:
@@ -652,8 +681,8 @@ class Checkpointer:
 
     def _join(self) -> None:
         self._is_wanted.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._work is not None:
+            self._work.join()
 
     def _wait_at_exit(self) -> None:
         if self._process != os.getpid():

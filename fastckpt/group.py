@@ -54,8 +54,8 @@ class Group(Protocol):
 
         ``members`` is sorted and holds this rank; the first is the leader, on which ``decide`` gets every member's
         reply by rank. What ``decide`` raises is raised on all members, as ``as_told`` has it. The leader waits until
-        ``until.replies`` and then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that has
-        no answer by ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
+        ``until.replies`` and then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that
+        has no answer by ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
         """
 
     def post(self, name: str, data: bytes) -> None:

@@ -300,6 +300,30 @@ def test_a_failure_is_not_lost_because_the_next_save_was_already_under_way(
     ckpt.close()
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_while_the_thread_of_a_save_starts_leaves_no_save_that_never_ends(
+    url: str, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    start = threading.Thread.start
+    interrupts = iter([KeyboardInterrupt()])
+
+    def interrupted(thread: threading.Thread) -> None:
+        error = next(interrupts, None) if thread.name == "fastckpt-save" else None
+        if error is None or moment == "after":
+            start(thread)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with Checkpointer(url) as ckpt:
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.save(1, {"t": torch.ones(10)})
+        assert ckpt.pending is not None
+        ckpt.pending.wait(SECONDS)
+        ckpt.save(2, {"t": torch.ones(10)})
+    assert steps(ckpt) == [1, 2]
+
+
 def test_leaving_the_block_waits_for_the_commit_and_raises_what_went_wrong(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
