@@ -623,7 +623,8 @@ class Checkpointer:
         return repository.Repository(self._store).snapshots() if repository.exists(self._store) else []
 
     def close(self, timeout: float | None = None) -> None:
-        """Waits for the last commit and raises what it failed with. May be called again. ``TimeoutError`` after
+        """Waits for the last commit and raises what it failed with, or an earlier one that nobody has been told of; of
+        several failures the oldest, with the others in its ``__notes__``. May be called again. ``TimeoutError`` after
         ``timeout`` seconds; the save then goes on behind."""
         self._closed = True
         for callback in list(self._callbacks):
@@ -653,7 +654,9 @@ class Checkpointer:
         try:
             self.close(CLOSE_SECONDS_AFTER_ERROR)
         except Exception as second:  # the first error is what the user must see; this one comes with it
-            error.add_note(f"fastckpt: the last save did not get through either: {type(second).__name__}: {second}")
+            notes = getattr(second, "__notes__", ())
+            for note in (f"fastckpt: the last save did not get through either: {_line(second)}", *notes):
+                error.add_note(note)
 
     def _release(self) -> None:
         """Lets go of the copies of what was saved, once nothing is read any more."""
@@ -671,13 +674,18 @@ class Checkpointer:
             ) from self._broken
 
     def _raise_earlier(self, than: Pending | None = None) -> None:
-        """Raises what a save (one before ``than``) failed with, unless its ``wait`` already did: each failure once,
-        oldest first."""
+        """Raises what saves (those before ``than``) failed with, unless their ``wait`` already did: each failure once;
+        of several the oldest, with the others in its notes."""
+        errors: list[BaseException] = []
         for pending in [failed for failed in self._failed if failed is not than]:
             self._failed.remove(pending)
             if not pending._raised and pending.error is not None:
                 pending._raised = True
-                raise pending.error
+                errors.append(pending.error)
+                if len(errors) > 1:
+                    errors[0].add_note(f"fastckpt: step {pending.step} was not saved either: {_line(pending.error)}")
+        if errors:
+            raise errors[0]
 
     def _join(self) -> None:
         self._is_wanted.set()
@@ -706,6 +714,10 @@ def _raising(kind: type[FastckptError], what: str) -> Iterator[None]:
         if type(told) is not FastckptError:
             raise
         raise kind(f"{what}: {told}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _checked_metric(name: object, number: object) -> float:

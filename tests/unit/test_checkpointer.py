@@ -300,6 +300,34 @@ def test_a_failure_is_not_lost_because_the_next_save_was_already_under_way(
     ckpt.close()
 
 
+def test_of_several_failures_that_nobody_was_told_of_close_raises_the_first_and_tells_of_the_others(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def late(saves: Any, attempt: Any, offered: Any, pool: Any, trace: Any, on_staged: Any) -> Any:
+        on_staged()
+        assert go_on.wait(SECONDS)
+        raise OutOfSpace(f"the disk was full at step {attempt.step}")
+
+    monkeypatch.setattr(front.Saves, "write", late)
+    note = "fastckpt: step 2 was not saved either: OutOfSpace: the disk was full at step 2"
+    with pytest.raises(OutOfSpace, match="full at step 1") as caught, Checkpointer(url) as ckpt:  # noqa: PT012
+        ckpt.save(1, {"t": torch.ones(10)})
+        ckpt.save(2, {"t": torch.ones(10)})
+        go_on.set()
+    assert caught.value.__notes__ == [note]
+    ckpt.close()
+    with pytest.raises(ZeroDivisionError) as other, Checkpointer(url) as ckpt:  # noqa: PT012
+        go_on.clear()
+        ckpt.save(1, {"t": torch.ones(10)})
+        ckpt.save(2, {"t": torch.ones(10)})
+        go_on.set()
+        _ = 1 / 0
+    first = "fastckpt: the last save did not get through either: OutOfSpace: the disk was full at step 1"
+    assert other.value.__notes__ == [first, note]
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interrupt_while_the_thread_of_a_save_starts_leaves_no_save_that_never_ends(
     url: str, monkeypatch: pytest.MonkeyPatch, moment: str
