@@ -10,11 +10,10 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsIndex
 
-from fastckpt import restore as restore_flow
 from fastckpt.buffers import Pool
 from fastckpt.errors import (
     FastckptError,
@@ -27,7 +26,6 @@ from fastckpt.errors import (
 )
 from fastckpt.format.decision import check_labels
 from fastckpt.group import Group, as_told
-from fastckpt.job.asked import Asked, ask
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
 from fastckpt.job.memory import StagingMemory
@@ -35,11 +33,13 @@ from fastckpt.job.optimizer import broken_step_hook_reason
 from fastckpt.job.profile import profile_range
 from fastckpt.job.staging import Fence, Staging
 from fastckpt.job.state import Describer, first_mesh
-from fastckpt.job.targets import RestoredValue, Targets, find_targets
+from fastckpt.job.targets import Targets
 from fastckpt.options import Options
-from fastckpt.plan.restore_plan import Catalog, Fit, Selection
+from fastckpt.plan.restore_plan import Selection
 from fastckpt.repository import drift, repository
 from fastckpt.repository.reader import Snapshot
+from fastckpt.request import Request, checked_request
+from fastckpt.restore import Restores
 from fastckpt.save import Agreed, Attempt, Labels, Saves
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
@@ -201,7 +201,7 @@ class Checkpointer:
             repository.Repository(self._store)  # raises, saying what is there
         self._group = job_group(seconds_max, number)
         self._saves = Saves(self._store, self._group, self._options)
-        self._restores = restore_flow.Restores(self._store, self._group, seconds_max)
+        self._restores = Restores(self._store, self._group, seconds_max)
         self._pending: Pending | None = None
         self._describer = Describer(self._options.copy)
         self._staging: Staging | None = None
@@ -492,12 +492,15 @@ class Checkpointer:
         policy: str,
     ) -> Snapshot | None:
         self._join()
+        request: Request | None = None
         problem: Exception | None = None
         try:
-            asked, selection = self._asked(state, step, only, rename, missing, policy)
+            if step is not None:
+                _checked_step(step)
+            request = checked_request(state, only, rename, missing, cast, policy)
         except Exception as error:  # whatever it is, the others must hear of it
-            problem, asked, selection = error, None, Selection()
-        names = [] if asked is None else asked.names
+            problem = error
+        names, selection = ([], Selection()) if request is None else (request.names, request.selection)
         before: int | None = None
         damage: SnapshotDamaged | None = None
         while True:
@@ -516,7 +519,8 @@ class Checkpointer:
                     log.warning("no snapshot in %s, starting at 1", self.url)
                 return None
             try:
-                self._restore_from(snapshot, state, selection, asked, missing == "keep", cast)
+                assert request is not None, "a problem is raised by choosing"
+                self._restore_from(snapshot, request)
             except SnapshotDamaged as error:
                 if policy == "strict":
                     raise
@@ -531,76 +535,13 @@ class Checkpointer:
                 self._log_drift(snapshot, state)
             return snapshot
 
-    @staticmethod
-    def _asked(
-        state: object, step: object, only: Sequence[str], rename: Mapping[str, str] | None, missing: str, policy: str
-    ) -> tuple[Asked | None, Selection]:
-        """What a restore asks for: what the snapshot must have something for, None if nothing, and the selection."""
-        if not isinstance(state, dict):
-            raise TypeError(f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}")
-        if not all(isinstance(name, str) for name in state):
-            raise TypeError(f"names in the state are strings: {list(state)!r}")
-        if step is not None:
-            _checked_step(step)
-        rename = {} if rename is None else rename
-        if not isinstance(rename, Mapping) or not all(isinstance(name, str) for name in (*rename, *rename.values())):
-            raise TypeError(f"rename={rename!r} is not a mapping of prefixes to prefixes")
-        if isinstance(only, str) or not isinstance(only, Collection) or not all(isinstance(each, str) for each in only):
-            raise TypeError(f"only={only!r} is not a list of globs")
-        if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
-            raise ValueError(
-                f"missing={missing!r}, policy={policy!r}: missing is 'raise' or 'keep', policy 'strict' or 'previous'"
-            )
-        if missing == "keep" and policy == "previous":
-            raise ValueError(
-                "missing='keep' with policy='previous' could keep what was restored from a snapshot that proved to be "
-                "damaged; restore with policy='strict', and pass the step to go back to"
-            )
-        selection = Selection(only, rename)
-        return None if missing == "keep" else ask(state, selection), selection
-
-    def _restore_from(
-        self,
-        snapshot: Snapshot,
-        state: dict[str, Any],
-        selection: Selection,
-        asked: Asked | None,
-        keep_missing: bool,
-        cast: bool,
-    ) -> None:
+    def _restore_from(self, snapshot: Snapshot, request: Request) -> None:
+        rank, size = self._group.rank, self._group.size
         with snapshot.trace.span("plan"):
-            targets = self._restores.all_fit(
-                snapshot, selection, lambda: self._targets(snapshot, state, selection, asked, keep_missing, cast)
-            )
+            targets = self._restores.all_fit(snapshot, request.selection, lambda: request.targets(snapshot, rank, size))
         self._broken = RestoreError("a restore did not finish: part of the state holds new values, part old ones")
         self._restores.all_read(lambda: self._read(snapshot, targets))
         self._broken = None
-
-    def _targets(
-        self,
-        snapshot: Snapshot,
-        state: dict[str, Any],
-        selection: Selection,
-        asked: Asked | None,
-        keep_missing: bool,
-        cast: bool,
-    ) -> tuple[Targets, Fit]:
-        asked = asked or ask(state, selection)
-        rank, size = self._group.rank, self._group.size
-        catalog = Catalog(snapshot.layout, rank, size, selection)
-        found = restore_flow.values_of(snapshot, rank, size, selection)
-        # What is at the top is this rank's own, or missing; below are what modules say of themselves.
-        below = {name for name in asked.names if name not in state}
-        found |= restore_flow.values_elsewhere(snapshot, below - {*found, *catalog.tensors}, size, selection)
-        values = {
-            name: RestoredValue(saved, exact, snapshot.world_size, saved_name)
-            for name, (saved, exact, saved_name) in found.items()
-        }
-        targets = find_targets(
-            state, catalog, values, selection, asked, keep_missing=keep_missing, cast=cast, rank=rank
-        )
-        assert targets.fit is not None
-        return targets, targets.fit
 
     def _read(self, snapshot: Snapshot, targets: Targets) -> None:
         with self._restores.reading(snapshot, targets.wants) as read_into:
