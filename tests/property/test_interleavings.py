@@ -38,7 +38,7 @@ from fastckpt import (
     SnapshotExists,
     StorageError,
 )
-from fastckpt.checkpointer import Pending
+from fastckpt.pending import Pending
 from fastckpt.repository.verify import check_history, verify
 from fastckpt.storage.open import open_store
 from fastckpt.storage.store import Bytes, ObjectWriter, Store
