@@ -129,17 +129,19 @@ class PackStream:
         # Stored raw, as most chunks are, it is known beforehand where each will be.
         self._expected = [0]
         """For each pack the bytes of its chunks."""
+        first, batch = rows.start, 0
         for row in rows:
-            size = writer.sizes[row]
-            if self._expected[-1] and self._expected[-1] + size > PACK_BYTES_MAX:
+            size, packed = writer.sizes[row], self._expected[-1]
+            is_new_pack = bool(packed) and packed + size > PACK_BYTES_MAX
+            if batch and (is_new_pack or batch + size > batch_bytes):
+                self.batches.append(Batch(range(first, row), (packed - batch) % BLOCK_BYTES, batch))
+                first, batch = row, 0
+            if is_new_pack:
                 self._expected.append(0)
-            phase = self._expected[-1] % BLOCK_BYTES
-            last = self.batches[-1] if self.batches and self._expected[-1] else None
-            if last is not None and last.bytes + size <= batch_bytes:
-                self.batches[-1] = Batch(range(last.rows.start, row + 1), last.phase, last.bytes + size)
-            else:
-                self.batches.append(Batch(range(row, row + 1), phase, size))
             self._expected[-1] += size
+            batch += size
+        if rows:
+            self.batches.append(Batch(range(first, rows.stop), (self._expected[-1] - batch) % BLOCK_BYTES, batch))
 
     def write(self, batch: Batch, raw: memoryview) -> None:
         """Hashes, encodes and appends the chunks of a batch, which lie in ``raw`` one behind the other, and enters them
