@@ -24,7 +24,7 @@ from fastckpt.errors import (
     SnapshotExists,
     SnapshotNotFound,
 )
-from fastckpt.format.decision import check_labels
+from fastckpt.format.decision import STEP_MAX, check_labels
 from fastckpt.group import Group, as_told
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
@@ -379,7 +379,7 @@ class Checkpointer:
         problem: Exception | None = None
         try:
             if step is not None:
-                _checked_step(step)
+                step = _checked_step(step)
             request = checked_request(state, only, rename, missing, cast, policy)
         except Exception as error:  # whatever it is, the others must hear of it
             problem = error
@@ -556,7 +556,10 @@ def _checked_metric(name: object, number: object) -> float:
 def _checked_step(step: object) -> int:
     if isinstance(step, bool) or not isinstance(step, SupportsIndex):
         raise TypeError(f"step is a number of training steps, not {step!r}")
-    return operator.index(step)
+    number = operator.index(step)
+    if not 0 <= number <= STEP_MAX:
+        raise ValueError(f"step {number} is not between 0 and 2**53")
+    return number
 
 
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

@@ -170,12 +170,21 @@ def test_several_ranks_without_a_process_group_are_refused(url: str, monkeypatch
     Checkpointer(url).close()
 
 
-@pytest.mark.parametrize("step", [-1, 1.5, "3", 2**63, True])
+@pytest.mark.parametrize("step", [-1, 1.5, "3", 2**63, 2**70, True])
 def test_a_wrong_step_is_refused_before_anything_happens(url: str, step: Any) -> None:
     with Checkpointer(url) as ckpt:
         with pytest.raises((ValueError, TypeError), match="step"):
             ckpt.save(step, {"x": 1})
+        with pytest.raises((ValueError, TypeError), match="step"):
+            ckpt.restore({"x": 1}, step)
         assert ckpt.snapshots() == []
+
+
+def test_a_step_may_be_any_integer(url: str) -> None:
+    with Checkpointer(url) as ckpt:
+        ckpt.save(np.int64(3), {"x": 1})  # type: ignore[arg-type]
+        ckpt.wait_staged()
+        assert ckpt.restore({"x": 0}, np.int64(3)) == 3  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_of_restore_are_refused(url: str) -> None:

@@ -287,7 +287,9 @@ class Unreadable(dict[str, Any]):
         raise AttributeError("not here")
 
 
-@pytest.mark.parametrize("wrong", [{"only": [None]}, {"state": Unreadable()}], ids=["only", "state"])
+@pytest.mark.parametrize(
+    "wrong", [{"only": [None]}, {"step": 2**70}, {"state": Unreadable()}], ids=["only", "step", "state"]
+)
 def test_a_restore_that_is_asked_for_wrongly_on_one_rank_fails_on_all_and_the_next_does_not(
     url: str, ranks: Ranks, wrong: dict[str, Any]
 ) -> None:
@@ -302,7 +304,7 @@ def test_a_restore_that_is_asked_for_wrongly_on_one_rank_fails_on_all_and_the_ne
     first, second = ranks.run(job)
     assert isinstance(first, RestoreError)
     assert "rank 1" in str(first)
-    assert isinstance(second, TypeError if "only" in wrong else RestoreError)
+    assert isinstance(second, RestoreError if "state" in wrong else TypeError | ValueError)
 
 
 @pytest.mark.parametrize(
