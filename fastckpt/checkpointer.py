@@ -513,7 +513,7 @@ class Checkpointer:
 
     def _join(self) -> None:
         self._is_wanted.set()
-        if self._work is not None:
+        if self._work is not None and os.getpid() == self._process:  # a forked child has not the threads that do it
             self._work.join()
 
     def _wait_at_exit(self) -> None:
