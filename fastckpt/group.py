@@ -190,6 +190,10 @@ def _number_nodes(identities: Mapping[int, bytes]) -> list[int]:
     return [numbers.setdefault(identities[rank], len(numbers)) for rank in sorted(identities)]
 
 
+class PeerGaveUp(CommitTimeout):
+    """Another rank of the node has failed, and tells all ranks itself why."""
+
+
 def missing_ranks_error(ranks: Sequence[int], what: str) -> CommitTimeout:
     """For ranks that were not heard of in time."""
     return CommitTimeout(f"{_ranks(ranks)} not heard of while waiting for {what} (missing: {_ranks(ranks)})", ranks)

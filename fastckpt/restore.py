@@ -19,11 +19,11 @@ import msgspec
 from fastckpt.buffers import Sink
 from fastckpt.errors import CommitTimeout, RankFailed, RestoreError, SnapshotDamaged, StateMismatch
 from fastckpt.format.decision import Live
-from fastckpt.group import Assembly, Group, Reply
+from fastckpt.group import Assembly, Group, PeerGaveUp, Reply
 from fastckpt.plan.restore_plan import Fit, Selection, Want, misfits
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
-from fastckpt.repository.relay import PeerGaveUp, relayed
+from fastckpt.repository.relay import relayed
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
 

@@ -35,7 +35,7 @@ from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
-from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, checked, combined
+from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, as_told, checked, combined
 from fastckpt.options import Options
 from fastckpt.plan.save_plan import (
     Agreement,
@@ -434,7 +434,8 @@ class Saves:
                 raise (error if isinstance(error, RankFailed) else combined({self._rank: written})) from written
             if len(self._nodes) == 1 and isinstance(error, RankFailed) and error.failures:
                 raise error.failures[0] from None
-            raise
+            typed = _typed(error, attempt.step)
+            raise typed from typed.__cause__
 
     def _written(self, attempt: Attempt, written: ChunkWriter, values: Mapping[str, bytes]) -> _Written:
         digests = {name: chunk_hash(blob) for name, blob in values.items()}
@@ -550,10 +551,11 @@ class Saves:
 
 def _typed(error: BaseException, step: int) -> BaseException:
     """What this rank raises for an error of its own: the kind of error that the others hear of."""
-    if isinstance(error, FastckptError | ValueError | TypeError):
-        return error
-    typed = SaveError(f"step {step}: {type(error).__name__}: {error}")
-    typed.__cause__ = error
+    told = as_told(error)
+    if type(told) is not FastckptError:
+        return told
+    typed = SaveError(f"step {step}: {told}")
+    typed.__cause__ = told.__cause__ or told
     return typed
 
 
