@@ -25,6 +25,7 @@ from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
 from fastckpt.job.state import Description
+from fastckpt.job.tensors import storage_bytes
 from fastckpt.job.values import torch_dtype
 from fastckpt.plan.save_plan import KNOWN, LOWEST, Offer
 
@@ -53,13 +54,13 @@ class TensorSource:
         self._staging = staging
         self.bytes = tensor.numel() * tensor.element_size()
         self._is_plain = tensor.device.type == "cpu" and self._tensor.is_contiguous()
-        self._storage_bytes = _storage_bytes(self._tensor)
+        self._storage_bytes = storage_bytes(self._tensor)
 
     def fill(self, offset: int, buffer: memoryview) -> None:
         """``AttemptAborted`` if the attempt was given up before or meanwhile; ``SaveError`` if the tensor's storage was
         made smaller."""
         self._staging.check_not_given_up()
-        if self._tensor.untyped_storage().nbytes() < self._storage_bytes:  # torch does not look at every copy
+        if self._tensor.untyped_storage().nbytes() < self._storage_bytes:
             raise self.error("lost memory of its storage")
         if self._is_plain and self.bytes:
             # One thread's copy without the interpreter's lock: torch's own would take all cores from the training.
@@ -88,14 +89,6 @@ class TensorSource:
             size = box.elements * item
             _to_buffer(tensor[box.slices()], buffer[at : at + size])
             at += size
-
-
-def _storage_bytes(tensor: torch.Tensor) -> int:
-    """How large the storage of a tensor must at least be."""
-    if not tensor.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
