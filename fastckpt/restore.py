@@ -67,7 +67,7 @@ class Restores:
         def decide(replies: Mapping[int, bytes]) -> bytes:
             nonlocal found
             if len(set(replies.values())) > 1:
-                asked = [f"rank {rank}: {msgspec.msgpack.decode(reply)}" for rank, reply in sorted(replies.items())[:8]]
+                asked = [f"rank {rank}: {reply.decode()}" for rank, reply in sorted(replies.items())[:8]]
                 raise ValueError(
                     f"ranks ask for different steps: {', '.join(asked)}; every rank asks for the same step, or for none"
                 )
@@ -80,7 +80,7 @@ class Restores:
 
         self._count += 1
         try:
-            answer = self._ask("choose", problem or msgspec.msgpack.encode(step), decide, self._seconds_max)
+            answer = self._ask("choose", problem or str(step).encode(), decide, self._seconds_max)
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)

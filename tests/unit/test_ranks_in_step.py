@@ -282,6 +282,26 @@ def test_ranks_that_ask_for_different_steps_all_raise(url: str, ranks: Ranks) ->
         assert values == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("ranks_that_err", [(1,), (0, 1)])
+def test_a_step_of_any_kind_of_integer_is_restored_and_one_too_large_is_told_to_all(
+    url: str, ranks: Ranks, ranks_that_err: tuple[int, ...]
+) -> None:
+    options = dataclasses.replace(OPTIONS, commit_seconds_max=20.0)
+
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=options) as ckpt:
+            ckpt.save(np.int64(1), state).wait()
+            error = outcome(lambda: ckpt.restore(state, step=2**70 if rank in ranks_that_err else 1))
+            assert ckpt.restore(state, step=np.int64(1) if rank else 1) == 1
+            return error
+
+    for error in ranks.run(job):
+        assert isinstance(error, ValueError | RestoreError)
+        assert not isinstance(error, CommitTimeout)
+        assert "1180591620717411303424" in str(error)
+
+
 class Unreadable(dict[str, Any]):
     def items(self) -> Any:
         raise AttributeError("not here")
