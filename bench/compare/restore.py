@@ -38,7 +38,7 @@ def measure(ways: Sequence[type[Way]], size: int, runs: int, directory: Path) ->
         made[-1].wait()
         cases[way.load_name] = partial(loaded, made[-1], state, expected)
     file = directory / f"raw-{rank}"
-    device.write(file, own_bytes, RAW_THREADS[0], allocate=True)
+    device.write(file, device.block(), own_bytes, RAW_THREADS[0], allocate=True)
     for threads in RAW_THREADS:
         cases[f"raw, {threads} threads"] = partial(raw, file, threads)
     cleared = drop_page_cache(directory)
@@ -64,7 +64,8 @@ def loaded(way: Way, state: State, expected: str, ready: Callable[[], None]) -> 
 
 def raw(path: Path, threads: int, ready: Callable[[], None]) -> Measures:
     drop_page_cache(path.parent)
+    blocks = [device.block() for _ in range(threads)]
     ready()
     cpu, start = cpu_seconds(), time.perf_counter()
-    device.read(path, threads)
+    device.read(path, blocks)
     return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu}

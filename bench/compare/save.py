@@ -89,7 +89,8 @@ def saved(way: Way, steps: Steps, ready: Callable[[], None]) -> Measures:
 
 def raw(path: Path, size: int, threads: int, allocate: bool, ready: Callable[[], None]) -> Measures:
     path.unlink(missing_ok=True)
+    block = device.block()
     ready()
     cpu, start = cpu_seconds(), time.perf_counter()
-    device.write(path, size, threads, allocate)
+    device.write(path, block, size, threads, allocate)
     return {"committed_seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu}
