@@ -53,7 +53,8 @@ class TensorSource:
         self._tensor = bits(tensor)
         self._staging = staging
         self.bytes = tensor.numel() * tensor.element_size()
-        self._is_plain = tensor.device.type == "cpu" and self._tensor.is_contiguous()
+        is_in_memory = tensor.device.type == "cpu" and not tensor._is_zerotensor()
+        self._is_plain = is_in_memory and self._tensor.is_contiguous()
         self._storage_bytes = storage_bytes(self._tensor)
 
     def fill(self, offset: int, buffer: memoryview) -> None:

@@ -484,8 +484,13 @@ def test_memory_that_is_taken_from_a_tensor_while_it_is_restored_is_not_written(
         ckpt.restore({"x": target})
 
 
-def test_a_tensor_of_zeros_without_memory_is_not_written(url: str) -> None:
-    save(url, {"x": torch.ones(64)})
+def test_a_tensor_of_zeros_without_memory_is_saved_and_not_written(url: str) -> None:
+    module = nn.Module()
+    module.x = nn.Parameter(torch._efficientzerotensor(64))
+    with Checkpointer(url) as ckpt:
+        ckpt.save(1, {"m": module}).wait()
+        assert not ckpt.snapshots()[0].read("m.x").any()
+        ckpt.save(2, {"x": torch.ones(64)}).wait()
     with Checkpointer(url) as ckpt, pytest.raises(RestoreError, match="ZeroTensors are immutable"):
         ckpt.restore({"x": torch._efficientzerotensor(64)})
 
