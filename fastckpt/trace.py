@@ -22,8 +22,8 @@ A save, from the call on; bytes are given where a stage moves some:
 A restore:
 
     restore    the call
-    choose       which snapshot
-    plan         what of it goes where; reading of its metadata
+    choose       which snapshot; the coordinator: reading of its metadata
+    plan         what of it goes where; the others: reading of its metadata
     read         storage to buffer; bytes as stored
     verify       bytes as stored, and where there is a codec once more as they were before it
     decode       bytes after decoding
