@@ -67,9 +67,10 @@ class Restores:
         def decide(replies: Mapping[int, bytes]) -> bytes:
             nonlocal found
             if len(set(replies.values())) > 1:
-                asked = [f"rank {rank}: {reply.decode()}" for rank, reply in sorted(replies.items())[:8]]
+                each = [f"rank {rank}: {reply.decode()}" for rank, reply in sorted(replies.items())[:8]]
                 raise ValueError(
-                    f"ranks ask for different steps: {', '.join(asked)}; every rank asks for the same step, or for none"
+                    f"ranks ask for different steps: {'; '.join(each)}. Every rank asks for the same step, or for "
+                    "none, and by the same policy"
                 )
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
@@ -79,8 +80,9 @@ class Restores:
             return msgspec.msgpack.encode(None if found is None else found.live)
 
         self._count += 1
+        asked = f"{step}, or an earlier one" if or_earlier else str(step)
         try:
-            answer = self._ask("choose", problem or str(step).encode(), decide, self._seconds_max)
+            answer = self._ask("choose", problem or asked.encode(), decide, self._seconds_max)
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)

@@ -302,6 +302,22 @@ def test_a_step_of_any_kind_of_integer_is_restored_and_one_too_large_is_told_to_
         assert "1180591620717411303424" in str(error)
 
 
+def test_ranks_with_different_policies_all_raise_and_stay_in_step(url: str, ranks: Ranks) -> None:
+    """One alone would go back to the snapshot before where the newest is damaged, and take part in what comes next."""
+
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            ckpt.save(1, state).wait()
+            error = outcome(lambda: ckpt.restore(state, policy="previous" if rank else "strict"))
+            assert ckpt.restore(state, policy="previous") == 1
+            return error
+
+    for error in ranks.run(job):
+        assert isinstance(error, ValueError)
+        assert "by the same policy" in str(error)
+
+
 class Unreadable(dict[str, Any]):
     def items(self) -> Any:
         raise AttributeError("not here")
