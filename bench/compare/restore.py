@@ -15,7 +15,7 @@ from typing import Any
 from bench.compare import device
 from bench.compare.harness import Measures, alternate, cpu_seconds, drop_page_cache, together, world
 from bench.compare.state import State, random_state, total
-from bench.compare.ways import Way
+from bench.compare.ways import Fastckpt, Way
 
 PARAMETERS = 300
 RAW_THREADS = (2, 4)
@@ -43,9 +43,10 @@ def measure(ways: Sequence[type[Way]], size: int, runs: int, directory: Path) ->
         cases[f"raw, {threads} threads"] = partial(raw, file, threads)
     cleared = drop_page_cache(directory)
     rows = alternate(cases, runs, 2 * own_bytes)
+    stages = next((each.stages() for each in made if isinstance(each, Fastckpt)), {})
     for each in made:
         each.close()
-    return {"ranks": ranks, "bytes": size, "page_cache_emptied_by": cleared, "runs": rows}
+    return {"ranks": ranks, "bytes": size, "page_cache_emptied_by": cleared, "stages": stages, "runs": rows}
 
 
 def loaded(way: Way, state: State, expected: str, ready: Callable[[], None]) -> Measures:
