@@ -501,7 +501,8 @@ class Checkpointer:
         """Raises what saves (those before ``than``) failed with, unless their ``wait`` already did: each failure once;
         of several the oldest, with the others in its notes."""
         errors: list[BaseException] = []
-        for pending in [failed for failed in self._failed if failed is not than]:
+        # One that is about to be done has no error yet, and stays for the next call.
+        for pending in [failed for failed in self._failed if failed is not than and failed.done]:
             self._failed.remove(pending)
             if not pending._raised and pending.error is not None:
                 pending._raised = True

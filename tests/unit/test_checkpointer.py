@@ -33,6 +33,7 @@ from fastckpt import (
 )
 from fastckpt import checkpointer as front
 from fastckpt.format import names
+from fastckpt.pending import Pending
 from fastckpt.storage.memory import memory_store
 from fastckpt.testing import FaultyStore
 
@@ -305,6 +306,29 @@ def test_a_failure_is_not_lost_because_the_next_save_was_already_under_way(
     go_on.set()
     second.wait(SECONDS)
     with pytest.raises(OutOfSpace, match="step 1"):
+        ckpt.close()
+    ckpt.close()
+
+
+def test_a_failure_is_not_lost_because_the_next_save_comes_while_it_is_being_entered(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, url)
+    reached, go_on = threading.Event(), threading.Event()
+    finish = Pending._finish
+
+    def slowly(pending: Pending, error: BaseException | None) -> None:
+        reached.set()
+        assert go_on.wait(SECONDS)
+        finish(pending, error)
+
+    monkeypatch.setattr(Pending, "_finish", slowly)
+    ckpt = Checkpointer(url)
+    ckpt.save(1, {"t": torch.ones(10)})
+    assert reached.wait(SECONDS)
+    ckpt.save(2, {"t": torch.ones(10)})
+    go_on.set()
+    with pytest.raises(OutOfSpace, match="the disk is full"):
         ckpt.close()
     ckpt.close()
 
