@@ -217,8 +217,12 @@ class Checkpointer:
         offered.release()
         self._is_wanted.clear()
         work = Work("fastckpt-prepare", functools.partial(self._fault, agreed, devices))
-        work.start()
-        self._work = work
+        try:
+            self._work = work
+            work.start()
+        except BaseException:  # an interrupt: what is waited for from now on must come to its end
+            work.start()
+            raise
 
     def _fault(self, agreed: Agreed, devices: Iterable[Any]) -> None:
         with contextlib.suppress(FastckptError, MemoryError):  # which the save meets again

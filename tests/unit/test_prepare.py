@@ -113,6 +113,34 @@ def test_a_save_does_not_wait_for_memory_to_be_backed(url: str, monkeypatch: pyt
         ckpt.save(1, state()).wait(20)
 
 
+def test_an_interrupt_while_its_thread_starts_leaves_no_work_that_a_save_does_not_wait_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    begun, go_on = threading.Event(), threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "fastckpt-prepare":
+            raise KeyboardInterrupt
+
+    def fault(pool: object, is_enough: object) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr("fastckpt.buffers.Pool.fault", fault)
+    with Checkpointer(url) as ckpt:
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.prepare(state())
+        assert begun.wait(20)
+        pending = ckpt.save(1, state())
+        with pytest.raises(TimeoutError):
+            pending.wait(0.2)  # the memory is in use
+        go_on.set()
+        pending.wait(20)
+
+
 def test_it_may_be_called_again_and_between_saves(url: str) -> None:
     with Checkpointer(url) as ckpt:
         for step in (1, 2):
