@@ -246,7 +246,7 @@ class Saves:
                 posted,
                 decide,
                 seconds=self._options.commit_seconds_max,
-                what="all ranks to call save",
+                what=f"all ranks to call {'prepare' if name == 'prepare' else 'save'}",
             )
         except FastckptError:
             if isinstance(posted, BaseException):

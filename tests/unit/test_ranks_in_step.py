@@ -238,6 +238,16 @@ def test_where_every_rank_finds_damage_all_go_back_together(
     assert ranks.run(restore) == [(1, [1.0]), (1, [1.0])]
 
 
+def test_a_rank_that_does_not_prepare_is_named_by_the_one_that_does(url: str, ranks: Ranks) -> None:
+    def on_rank(rank: int) -> BaseException | None:
+        ckpt = Checkpointer(url, options=dataclasses.replace(OPTIONS, commit_seconds_max=0.5))
+        return outcome(lambda: ckpt.prepare({"t": torch.ones(3)})) if rank == 0 else None
+
+    error, _ = ranks.run(on_rank)
+    assert isinstance(error, CommitTimeout)
+    assert "rank 1 was not heard of while waiting for all ranks to call prepare" in str(error)
+
+
 def test_ranks_that_see_different_directories_under_one_path_all_fail_naming_the_one_that_is_elsewhere(
     tmp_path: Path, ranks: Ranks
 ) -> None:
