@@ -453,8 +453,10 @@ class Checkpointer:
     def close(self, timeout: float | None = None) -> None:
         """Waits for the last commit and raises what it failed with, or an earlier one that nobody has been told of; of
         several failures the oldest, with the others in its ``__notes__``. May be called again. ``TimeoutError`` after
-        ``timeout`` seconds; the save then goes on behind."""
+        ``timeout`` seconds; the save then goes on behind. In a forked child it waits for nothing."""
         self._closed = True
+        if self._process != os.getpid():
+            return  # the save, its threads and what it fails with are the parent's
         for callback in list(self._callbacks):
             callback.close()
         if self._pending is not None and not self._pending._finished.wait(timeout):
@@ -494,6 +496,8 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise SaveError(f"{self.url}: this Checkpointer is closed; make a new one")
+        if self._process != os.getpid():
+            raise SaveError(f"{self.url}: this Checkpointer is of the process that forked this one; make a new one")
 
     def _check_whole(self) -> None:
         if self._broken is not None:

@@ -327,6 +327,44 @@ print("child", os.waitstatus_to_exitcode(status))
 """
 
 
+FORKS_INSIDE = """
+import os, signal, sys, threading, torch, fastckpt
+from fastckpt import checkpointer as front
+
+torch.set_num_threads(1)
+go_on, write = threading.Event(), front.Saves.write
+
+def late(*arguments):
+    assert go_on.wait(60)
+    return write(*arguments)
+
+front.Saves.write = late
+state = {"t": torch.ones(3)}
+with fastckpt.Checkpointer(sys.argv[1]) as ckpt:
+    ckpt.save(1, state)
+    if os.fork() == 0:
+        signal.alarm(20)
+        for call in (lambda: ckpt.save(2, state), lambda: ckpt.prepare(state), lambda: ckpt.restore(state)):
+            try:
+                call()
+            except fastckpt.SaveError as error:
+                assert "the process that forked this one" in str(error)
+            else:
+                sys.exit(1)
+        ckpt.close()
+        sys.exit(7)
+    _, status = os.wait()
+    go_on.set()
+print("child", os.waitstatus_to_exitcode(status), [each.step for each in fastckpt.open(sys.argv[1]).snapshots()])
+"""
+
+
+def test_a_forked_child_cannot_save_and_leaves_the_block_without_waiting_for_its_parents_save(tmp_path: Path) -> None:
+    result = run(FORKS_INSIDE, str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "child 7 [1]\n"
+
+
 def test_a_forked_child_may_step_and_exit_while_a_save_is_under_way(tmp_path: Path) -> None:
     result = run(FORKS, str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
