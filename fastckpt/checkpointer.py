@@ -92,8 +92,9 @@ class Checkpointer:
         self._failed: list[Pending] = []
         on_node = sum(node == self._group.nodes[self._group.rank] for node in self._group.nodes)
         self._memory = StagingMemory(self._options.staging_bytes_max, on_node)
-        self._is_wanted = threading.Event()
-        """Set when a save is not to wait for memory to be backed any longer."""
+        self._is_wanted = False
+        """Whether a save is not to wait for memory to be backed any longer. No Event: an interrupt inside of one may
+        leave its lock held, and then whoever comes next waits for ever."""
         self._steps: set[int] = set()
         self._cleaner: threading.Thread | None = None
         self._broken: BaseException | None = None
@@ -185,7 +186,7 @@ class Checkpointer:
                 mesh=offered.mesh, hosts=self._options.record_hosts, nodes=self._group.nodes
             )
         self._steps.add(pending.step)
-        self._is_wanted.set()
+        self._is_wanted = True
         work = Work("fastckpt-save", functools.partial(self._run, pending, offered, attempt, labels, self._work))
         try:
             self._pending, self._staging, self._work = pending, offered, work
@@ -215,7 +216,7 @@ class Checkpointer:
         assert isinstance(offered, Staging)
         devices = offered.devices
         offered.release()
-        self._is_wanted.clear()
+        self._is_wanted = False
         work = Work("fastckpt-prepare", functools.partial(self._fault, agreed, devices))
         try:
             self._work = work
@@ -226,7 +227,7 @@ class Checkpointer:
 
     def _fault(self, agreed: Agreed, devices: Iterable[Any]) -> None:
         with contextlib.suppress(FastckptError, MemoryError):  # which the save meets again
-            self._pool(agreed, devices).fault(self._is_wanted.is_set)
+            self._pool(agreed, devices).fault(lambda: self._is_wanted)
 
     def _run(
         self,
@@ -521,7 +522,7 @@ class Checkpointer:
             raise errors[0]
 
     def _join(self) -> None:
-        self._is_wanted.set()
+        self._is_wanted = True
         if self._work is not None and os.getpid() == self._process:  # a forked child has not the threads that do it
             self._work.join()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,32 @@ def test_an_interrupt_while_its_thread_starts_leaves_no_work_that_a_save_does_no
             pending.wait(0.2)  # the memory is in use
         go_on.set()
         pending.wait(20)
+
+
+def test_an_interrupt_inside_of_a_lock_that_a_save_takes_does_not_leave_it_held(url: str) -> None:
+    entering, setting = threading.Condition.__enter__.__code__, threading.Event.set.__code__
+
+    def enter(frame: Any, event: str, _: object) -> Any:
+        return leave if frame.f_code is entering and frame.f_back.f_code is setting else None
+
+    def leave(frame: Any, event: str, _: object) -> Any:
+        if event == "return":  # with the lock, and before the caller is where it would give it back
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return leave
+
+    ckpt = Checkpointer(url)
+    ckpt.prepare(state())
+    before = sys.gettrace()
+    sys.settrace(enter)
+    with contextlib.suppress(KeyboardInterrupt):
+        ckpt.save(1, state())
+    sys.settrace(before)
+    last = threading.Thread(target=lambda: ckpt.save(2, state()), daemon=True)
+    last.start()
+    last.join(20)
+    assert not last.is_alive()
+    ckpt.close(20)
 
 
 def test_it_may_be_called_again_and_between_saves(url: str) -> None:
