@@ -59,7 +59,7 @@ class TensorSource:
 
     def fill(self, offset: int, buffer: memoryview) -> None:
         """``AttemptAborted`` if the attempt was given up before or meanwhile; ``SaveError`` if the tensor's storage was
-        made smaller."""
+        made smaller before this call. In the middle of it nothing can hold the memory of a storage that is resized."""
         self._staging.check_not_given_up()
         if self._tensor.untyped_storage().nbytes() < self._storage_bytes:
             raise self.error("lost memory of its storage")

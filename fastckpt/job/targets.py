@@ -73,7 +73,8 @@ class TensorSink:
         if self._is_plain and target.is_contiguous():
             # Wherever the bytes lie, by one thread and without the interpreter's lock: torch's copy wants them aligned,
             # and each of the threads that read would have it start as many as there are cores.
-            assert len(data) == target.nbytes
+            if len(data) != target.nbytes:
+                raise RestoreError(f"{self._key}: {len(data)} bytes for the {target.nbytes} of {Box(offsets, sizes)}")
             ctypes.memmove(target.data_ptr(), address(data), len(data))
             increment_version(target)  # who has kept the tensor for a backward is to hear of it
             return
