@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastckpt.job.tensors import Shard as Shard
     from fastckpt.options import Options as Options
     from fastckpt.pending import Pending as Pending
+    from fastckpt.plan.topology import Topology as Topology
     from fastckpt.repository.reader import Snapshot as Snapshot
     from fastckpt.repository.repository import open as open  # noqa: A004 - the public name
 
@@ -48,6 +49,7 @@ _HOME = {
     "RNGState": "job.rng",
     "Shard": "job.tensors",
     "Snapshot": "repository.reader",
+    "Topology": "plan.topology",
     "open": "repository.repository",
     **dict.fromkeys(
         (
