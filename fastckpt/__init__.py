@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastckpt.options import Options as Options
     from fastckpt.pending import Pending as Pending
     from fastckpt.plan.topology import Topology as Topology
+    from fastckpt.plan.topology_offer import RankPath as RankPath
     from fastckpt.repository.reader import Snapshot as Snapshot
     from fastckpt.repository.repository import open as open  # noqa: A004 - the public name
 
@@ -47,6 +48,7 @@ _HOME = {
     "Pending": "pending",
     "PerRank": "job.per_rank",
     "RNGState": "job.rng",
+    "RankPath": "plan.topology_offer",
     "Shard": "job.tensors",
     "Snapshot": "repository.reader",
     "Topology": "plan.topology",

@@ -37,6 +37,8 @@ from fastckpt.job.targets import Targets
 from fastckpt.options import Options
 from fastckpt.pending import Pending, Work
 from fastckpt.plan.restore_plan import Selection
+from fastckpt.plan.topology import Topology
+from fastckpt.plan.topology_offer import RankPath
 from fastckpt.repository import drift, repository
 from fastckpt.repository.reader import Snapshot
 from fastckpt.request import Request, checked_request
@@ -70,20 +72,33 @@ class Checkpointer:
     leaving it waits for the last commit.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, options: Options | None = None, create: bool = True) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        options: Options | None = None,
+        topology: Topology | RankPath | None = None,
+        create: bool = True,
+    ) -> None:
         """``url``: a path, ``file:///...`` or ``memory://name``. The repository is made by the first save.
+
+        ``topology``: by which nodes, supernodes and gateways ranks reach the storage, and what those carry: every rank
+        gives the same ``Topology``, or its own ``RankPath``. The first save, or ``prepare``, raises ``TopologyError``
+        on every rank if they do not agree. Without one, all ranks count as equally fast.
 
         ``RepositoryNotFound`` if there is something else at ``url``, or nothing and ``create`` is False;
         ``RuntimeError`` if this is one of several ranks but ``torch.distributed`` has no process group.
         """
         self._options = options or Options()
+        if topology is not None and not isinstance(topology, Topology | RankPath):
+            raise TypeError(f"topology={topology!r} is not a fastckpt.Topology or fastckpt.RankPath")
         number = next_group_number()  # before anything can fail on one rank only
         seconds_max = self._options.commit_seconds_max
         self._store = DeadlineStore.opened(url, seconds_max * STORAGE_SECONDS_SHARE, open_store)
         if not repository.exists(self._store) and not create:
             repository.Repository(self._store)  # raises, saying what is there
         self._group = job_group(seconds_max, number)
-        self._saves = Saves(self._store, self._group, self._options)
+        self._saves = Saves(self._store, self._group, self._options, topology)
         self._restores = Restores(self._store, self._group, seconds_max)
         self._pending: Pending | None = None
         self._describer = Describer(self._options.copy)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from fastckpt.buffers import Pool, Source
 from fastckpt.errors import (
@@ -37,6 +39,9 @@ from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
 from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, as_told, checked, combined
 from fastckpt.options import Options
+from fastckpt.plan import topology_offer
+from fastckpt.plan.deal import Dealer
+from fastckpt.plan.rates import encode_rate
 from fastckpt.plan.save_plan import (
     Agreement,
     Comparison,
@@ -45,6 +50,8 @@ from fastckpt.plan.save_plan import (
     offered_bytes,
     plan_save,
 )
+from fastckpt.plan.topology import Topology
+from fastckpt.plan.topology_offer import RankPath
 from fastckpt.repository import pull, repository
 from fastckpt.repository.pull import Pull
 from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
@@ -55,7 +62,7 @@ from fastckpt.trace import Trace
 log = logging.getLogger("fastckpt")
 
 STREAMS = 4
-"""Threads a rank that hash and write, each into packs of its own."""
+"""Threads a rank that hash and write, each into packs of its own, unless options say otherwise."""
 OUTCOME_SECONDS_MIN = 2.0
 """For reading the history after a failure, even if the time for the save is over."""
 
@@ -91,6 +98,8 @@ class Agreed:
     comparisons: tuple[Comparison, ...]
     mine: tuple[tuple[int, tuple[Piece, ...]], ...]
     """What this rank writes: for each row of its table the pieces of the chunk."""
+    streams_max: int
+    """Threads that write it."""
 
     @property
     def layout(self) -> Layout:
@@ -103,7 +112,7 @@ class Agreed:
 
     def pool_bytes(self, budget_bytes: int | None = None) -> int:
         """The staging memory that this rank makes use of, within a budget, which must do for one chunk."""
-        least, most = pull.slot_bytes(max(self.sizes, default=1)), pull.pool_bytes(self.sizes, STREAMS)
+        least, most = pull.slot_bytes(max(self.sizes, default=1)), pull.pool_bytes(self.sizes, self.streams_max)
         return most if budget_bytes is None else max(least, min(budget_bytes, most))
 
 
@@ -157,6 +166,8 @@ class _Written(msgspec.Struct, array_like=True, frozen=True):
     blobs: list[bytes]
     tensor_bytes: int
     stored_bytes: int
+    rate: int
+    """How fast, as ``encode_rate`` has it."""
 
 
 class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
@@ -164,13 +175,21 @@ class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
     raw_bytes: int
     stored_bytes: int
     layout: str
+    rates: bytes
+    """Of the node's ranks, ascending: uint16, little-endian."""
 
 
 class Saves:
     """The saves of one rank to one repository. Calls come one after another, from any thread."""
 
-    def __init__(self, store: Store, group: Group, options: Options) -> None:
+    def __init__(
+        self, store: Store, group: Group, options: Options, topology: Topology | RankPath | None = None
+    ) -> None:
+        """``topology``: what this rank was given of it, or knows of its own way to the storage."""
         self._store = store
+        self._topology = topology
+        self._has_topology = False
+        """Whether the ranks have agreed on it."""
         self._assembly = Assembly(group)
         self._rank = group.rank
         self._nodes = group.nodes
@@ -180,10 +199,13 @@ class Saves:
         self._offered = b""
         self._agreed: Agreed | None = None
         self._writer: ChunkWriter | None = None
+        self._rate = 0
+        """How fast this rank wrote last, as ``encode_rate`` has it."""
         # Of attempts that failed, whose packs could not be deleted yet: the store failed, or the history did not tell.
         # What is still there at the end goes with the next job's cleaning.
         self._discarded: list[ChunkWriter] = []
         # The coordinator's side.
+        self._dealer: Dealer | None = None
         self._committer: Committer | None = None
         self._chunk_bytes = 0
         self._offers: dict[int, bytes] = {}
@@ -207,10 +229,11 @@ class Saves:
         answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         if not answer:
+            self._agree_on_topology(offered)
             answer = self._ask("offers", offered, _full, lambda replies: self._on_offers(replies, common, trace))
         go = msgspec.msgpack.decode(answer, type=_Go)
         if go.agreement is not None:
-            self._agreed = _agreed(go.agreement, self._rank)
+            self._agreed = self._take(go.agreement)
             self._offered = offered.digest
         assert self._agreed is not None
         return Attempt(
@@ -221,11 +244,29 @@ class Saves:
         """Agrees with all ranks on the layout alone, for the saves to come. Writes nothing. An error in place of the
         offer makes every rank raise."""
         self._count += 1
+        self._agree_on_topology(offered)
         answer = self._ask("prepare", offered, _full, self._on_prepare)
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
-        self._agreed = _agreed(msgspec.msgpack.decode(answer, type=Agreement), self._rank)
+        self._agreed = self._take(msgspec.msgpack.decode(answer, type=Agreement))
         self._offered = offered.digest
         return self._agreed
+
+    def _agree_on_topology(self, offered: Offered | BaseException) -> None:
+        """Once a job. ``TopologyError`` on every rank, naming those that disagree."""
+        if self._has_topology:
+            return
+        own = msgspec.msgpack.encode(topology_offer.offer(self._topology, socket.gethostname()))
+        self._ask("topology", offered, lambda _: own, self._on_topology)
+        self._has_topology = True
+
+    def _on_topology(self, replies: dict[int, bytes]) -> bytes:
+        offers = [msgspec.msgpack.decode(data, type=topology_offer.Offer) for _, data in sorted(replies.items())]
+        topology = topology_offer.agree(offers, self._topology)
+        if self._topology is None:  # host names of containers repeat; which ranks share a machine is known better
+            topology = Topology.from_hosts([str(node) for node in self._nodes])
+        options = self._options
+        self._dealer = Dealer(topology.tree(), writers=options.writers, streams=options.streams or STREAMS)
+        return b""
 
     def _ask(
         self,
@@ -278,7 +319,7 @@ class Saves:
         unchanged = unchanged and self._offers == {rank: hello.offered for rank, hello in hellos.items()}
         for number in range(len(self._agreed.comparisons) if self._agreed else 0):
             unchanged = unchanged and len({h.compared[number] for h in hellos.values() if number in h.compared}) <= 1
-        if not unchanged or self._agreed is None:
+        if not unchanged or self._agreed is None or (self._dealer is not None and self._dealer.would_gain()):
             return b""
         if self._committer is None and self._open(self._agreed.layout.chunk_bytes) != self._agreed.layout.chunk_bytes:
             return b""  # the repository was made meanwhile, with a grid of its own
@@ -304,7 +345,8 @@ class Saves:
         offers = {rank: full.offer for rank, full in fulls.items()}
         digests = {rank: full.digests for rank, full in fulls.items()}
         chunk_bytes = self._chunk_bytes or self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers))
-        layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes)
+        assert self._dealer is not None
+        layout, comparisons = plan_save(offers, digests, self._nodes, chunk_bytes, self._dealer)
         self._offers = {rank: offer_digest(offer) for rank, offer in offers.items()}
         return chunk_bytes, Agreement(document.pack_table(layout), comparisons)
 
@@ -320,6 +362,18 @@ class Saves:
         assert self._committer is not None
         return msgspec.msgpack.encode(
             _Go(self._committer.next_attempt(), agreement, common, self._committer.format_digest)
+        )
+
+    def _take(self, agreement: Agreement) -> Agreed:
+        digest = document.digest(agreement.layout)
+        chunks = Chunks(decode_layout(agreement.layout, digest))
+        return Agreed(
+            digest=digest,
+            data=agreement.layout,
+            chunks=chunks,
+            comparisons=tuple(agreement.comparisons),
+            mine=tuple((chunk, tuple(pieces)) for chunk, pieces in chunks.of_rank(self._rank)),
+            streams_max=self._options.streams or STREAMS,
         )
 
     def clean(self) -> None:
@@ -343,7 +397,7 @@ class Saves:
                 shard: offered.source(layout.keys[layout.shard_keys[shard]], layout.box(shard))
                 for shard in sorted(shards)
             }
-            streams = pull.streams_of(agreed.sizes, STREAMS, pool)
+            streams = pull.streams_of(agreed.sizes, agreed.streams_max, pool)
             self._writer = ChunkWriter(
                 self._store,
                 attempt.id,
@@ -366,7 +420,9 @@ class Saves:
         except BaseException:
             on_staged()
             raise
+        self._began = time.monotonic()
         flow.run(self._store)
+        self._rate = encode_rate(self._writer.stored_bytes, time.monotonic() - self._began)
         return self._writer
 
     def _begin(self, attempt: Attempt) -> None:
@@ -450,6 +506,7 @@ class Saves:
             list(blobs.values()),
             mine_bytes,
             written.stored_bytes,
+            self._rate,
         )
 
     def _on_written(self, attempt: Attempt, replies: dict[int, Reply], trace: Trace) -> bytes:
@@ -471,7 +528,8 @@ class Saves:
             )
         raw = sum(written.tensor_bytes for written in ranks) + sum(len(blob) for blob in blobs.values())
         stored = sum(written.stored_bytes for written in ranks)
-        return msgspec.msgpack.encode(_NodeLine(part, raw, stored, attempt.agreed.digest))
+        rates = np.array([written.rate for written in ranks], "<u2").tobytes()
+        return msgspec.msgpack.encode(_NodeLine(part, raw, stored, attempt.agreed.digest, rates))
 
     def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels, trace: Trace) -> bytes:
         """Coordinator: the commit. Whatever prevents it aborts the attempt."""
@@ -480,6 +538,8 @@ class Saves:
             parts = [msgspec.msgpack.decode(data, type=_NodeLine) for _, data in sorted(checked(lines).items())]
             if any(line.layout != attempt.agreed.digest for line in parts):
                 raise SaveError(f"step {attempt.step}: nodes wrote by different layouts")
+            placement = self._learn_rates(parts)
+            trace.note("placement", placement)
             live = self._committer.commit(
                 Contents(
                     attempt=attempt.id,
@@ -488,7 +548,7 @@ class Saves:
                     parts=[line.part for line in parts],
                     bytes=sum(line.raw_bytes for line in parts),
                     stored_bytes=sum(line.stored_bytes for line in parts),
-                    environment=labels.environment,
+                    environment={**labels.environment, "placement": placement},
                     metrics=labels.metrics,
                     note=labels.note,
                 ),
@@ -501,6 +561,16 @@ class Saves:
                 error.add_note(f"aborting the attempt failed too: {second}")
             raise
         return msgspec.msgpack.encode(live)
+
+    def _learn_rates(self, parts: Sequence[_NodeLine]) -> dict[str, Any]:
+        """Takes in how fast the ranks wrote; returns how this save was planned."""
+        assert self._dealer is not None
+        rates = np.zeros(len(self._nodes), np.uint16)
+        for node, line in enumerate(parts):
+            rates[np.array(self._nodes) == node] = np.frombuffer(line.rates, "<u2")
+        placement = self._dealer.outlook()
+        self._dealer.rates.add(rates)
+        return placement
 
     def _learn_outcome(self, attempt: Attempt, error: Exception, end: float, failed_here: bool) -> Live | None:
         """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them; to a
@@ -566,18 +636,6 @@ def _full(offered: Offered) -> bytes:
 def offer_digest(offer: RankOffer) -> bytes:
     """What ``Offered.digest`` must be."""
     return chunk_hash(msgspec.msgpack.encode(offer))
-
-
-def _agreed(agreement: Agreement, rank: int) -> Agreed:
-    digest = document.digest(agreement.layout)
-    chunks = Chunks(decode_layout(agreement.layout, digest))
-    return Agreed(
-        digest=digest,
-        data=agreement.layout,
-        chunks=chunks,
-        comparisons=tuple(agreement.comparisons),
-        mine=tuple((chunk, tuple(pieces)) for chunk, pieces in chunks.of_rank(rank)),
-    )
 
 
 def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Source], chunks: Chunks) -> None:

@@ -116,6 +116,7 @@ class Trace:
         self._records = bytearray()
         self._shortest = 0
         self._left_out = 0
+        self._notes: dict[str, Any] = {}
         self._ended = False
 
     def span(self, name: str, bytes: int = 0) -> AbstractContextManager[None]:  # noqa: A002 - the unit is the name
@@ -125,6 +126,11 @@ class Trace:
     def add_since_start(self, name: str) -> None:
         """Records a span from the making of this trace to now, which belongs to no thread."""
         self._add(name, "", self._start, time.monotonic_ns() - self._start, 0)
+
+    def note(self, name: str, value: object) -> None:
+        """Keeps a plain value that the timeline is to show beside the spans."""
+        with self._lock:
+            self._notes[name] = value
 
     def end(self) -> None:
         """From now on nothing is recorded any more."""
@@ -188,7 +194,7 @@ class Trace:
         """
         with self._lock:
             records, names, left_out = bytes(self._records), list(self._names), self._left_out
-            threads = self._threads()
+            threads, notes = self._threads(), dict(self._notes)
         common = {"cat": "fastckpt", "pid": self._rank}
         events: list[dict[str, Any]] = []
         used = set()
@@ -207,7 +213,7 @@ class Trace:
         return {
             "traceEvents": [*self._metadata({stream: threads[stream] for stream in sorted(used)}), *events],
             "displayTimeUnit": "ms",
-            "otherData": {"step": step, "rank": self._rank, "spans_left_out": left_out},
+            "otherData": {"step": step, "rank": self._rank, "spans_left_out": left_out, **notes},
         }
 
     def _threads(self) -> dict[int, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.placement.layouts import Layout, layout
-from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, place, writing_order
+from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, phases, place
 
 
 def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[st
         # Sums of floats, which are exact below 2**53.
         totals = np.bincount(given.class_of, given.sizes).astype(np.int64)
         counted = time.perf_counter()
-        classes = writing_order(given.tree, Classes(totals, given.classes.starts, given.classes.holders))
+        classes = Classes(totals, given.classes.starts, given.classes.holders)
         placement = place(given.tree, classes, given.fixed)
         seconds.append({"totals": counted - start, "solve": time.perf_counter() - counted})
     solved_bytes = _peak_bytes()
@@ -59,10 +59,11 @@ def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[st
 
 def _chunked_seconds(given: Layout, classes: Classes, placement: Placement) -> float:
     written = given.fixed.copy()
-    for number, (first, end) in enumerate(itertools.pairwise(classes.starts)):
+    spans = zip(itertools.pairwise(classes.starts), phases(len(classes.bytes)), strict=True)
+    for number, ((first, end), phase) in enumerate(spans):
         holding = slice(first, end)
         sizes = given.sizes[slice(*np.searchsorted(given.class_of, [number, number + 1]))]
-        runs = cut_runs(sizes.tolist(), placement.shares[holding].tolist())
+        runs = cut_runs(sizes.tolist(), placement.shares[holding].tolist(), phase)
         ends = np.append(0, np.cumsum(sizes))[np.cumsum(runs)]
         written[classes.holders[holding]] += np.diff(ends, prepend=0)
     return makespan(given.tree, written)

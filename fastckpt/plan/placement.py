@@ -286,27 +286,7 @@ def _first_cut(job: _Job) -> _Cut:
     return max((job.cut(prices) for prices in candidates), key=lambda cut: cut.seconds)
 
 
-def writing_order(tree: Tree, classes: Classes) -> Classes:
-    """The same classes with the holders of each in the order in which they should write consecutive bytes.
-
-    Ranks that share edges near the storage come one after the other, so that where runs are cut at chunk boundaries
-    what passes such an edge is off by a chunk or two of each class, however many writers lie behind it, and the writers
-    of few chunks are spread over all supernodes, however ranks are numbered. Each class begins elsewhere: classes of
-    equal sizes would all be off at the same ranks.
-    """
-    ranks = np.lexsort([*tree.edges_of_ranks()])
-    place_of = np.empty(len(ranks), np.intp)
-    place_of[ranks] = np.arange(len(ranks))
-    counts = np.diff(classes.starts)
-    class_of = np.repeat(np.arange(len(counts)), counts)
-    holders = classes.holders[np.lexsort((place_of[classes.holders], class_of))]
-    first = classes.starts[class_of]
-    shift = (counts * _phases(len(counts))).astype(np.intp)[class_of]
-    position = (np.arange(len(holders)) - first + shift) % np.maximum(counts, 1)[class_of]
-    return Classes(classes.bytes, classes.starts, holders[first + position])
-
-
-def _phases(count: int) -> Floats:
+def phases(count: int) -> Floats:
     """Numbers in [0, 1) of which any that follow each other are far apart: 0, 1/2, 1/4, 3/4, 1/8, ... (van der Corput
     1935)."""
     phases = np.zeros(count)
@@ -319,11 +299,13 @@ def _phases(count: int) -> Floats:
     return phases
 
 
-def cut_runs(sizes: Sequence[int], shares: Sequence[int]) -> list[int]:
+def cut_runs(sizes: Sequence[int], shares: Sequence[int], phase: float = 0.5) -> list[int]:
     """Cuts consecutive chunks of the given sizes into consecutive runs, one a writer, in proportion to ``shares``.
 
-    Returns the number of chunks of each run. Every cut is at the chunk boundary next to where the shares end: the bytes
-    of a writer, as those of writers next to each other together, are off by one chunk at most.
+    Returns the number of chunks of each run. Where shares end inside a chunk, the cut is behind it if more than
+    1 - ``phase`` of the chunk lies before, else before it: classes of equal sizes with different phases are not all off
+    at the same writers. The bytes of a writer, as those of writers next to each other together, are off by one chunk at
+    most. ``ValueError`` if there are bytes and all shares are 0.
     """
     ends = list(itertools.accumulate(sizes))
     total, whole = (ends[-1] if ends else 0), sum(shares)
@@ -333,14 +315,9 @@ def cut_runs(sizes: Sequence[int], shares: Sequence[int]) -> list[int]:
     for share in itertools.accumulate(shares):
         target = total * share // whole if whole else 0
         cut = bisect.bisect_left(ends, target)
-        # The boundary before or after the target, whichever is nearer.
-        if cut < len(ends) and ends[cut] - target < target - (ends[cut - 1] if cut else 0):
+        start = ends[cut - 1] if cut else 0
+        if start < target and (target == ends[cut] or target - start > (1 - phase) * (ends[cut] - start)):
             cut += 1
         cuts.append(max(cut, cuts[-1]))
     cuts[-1] = len(sizes)
     return [after - before for before, after in itertools.pairwise(cuts)]
-
-
-def even_runs(sizes: Sequence[int], writers: int) -> list[int]:
-    """``cut_runs`` with equal shares."""
-    return cut_runs(sizes, [1] * writers)

@@ -16,7 +16,8 @@ from fastckpt.format.chunk import CHUNK_BYTES_MAX, bundle_bytes_max, is_tiny
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box, find_overlap
 from fastckpt.format.tables import SHARED, Chunks, Layout
-from fastckpt.plan.placement import even_runs
+from fastckpt.plan.deal import Class, Dealer
+from fastckpt.plan.topology import Topology
 
 KNOWN = 0
 """Equal on all ranks of ``among`` by what the tensor is (DTensor ``Replicate``, a DDP module's parameter)."""
@@ -93,8 +94,10 @@ def plan_save(
     digests: Mapping[int, Mapping[str, bytes]],
     nodes: Sequence[int],
     chunk_bytes: int,
+    dealer: Dealer | None = None,
 ) -> tuple[Layout, list[Comparison]]:
-    """The layout of a save, and what has to be compared before each save that uses it.
+    """The layout of a save, and what has to be compared before each save that uses it. ``dealer`` chooses who writes
+    what several ranks hold; without one, they all do, evenly.
 
     ``digests`` holds, for each rank, a digest of the sampled content of every tensor that is not known to be equal
     everywhere. ``ValueError`` naming key and ranks if ranks disagree about a tensor, or do not hold all of it.
@@ -129,7 +132,8 @@ def plan_save(
     for identity, to in aliases.items():
         if to not in described or to in aliases:
             raise ValueError(f"{identity[0]}: tied to {to[0]}, of which ranks differ in what they hold. {_WAYS_OUT}")
-    layout = _lay_out(keys, described, aliases, classes, nodes, chunk_bytes)
+    dealer = dealer or Dealer(Topology.from_hosts([str(node) for node in nodes]).tree())
+    layout = _lay_out(keys, described, aliases, classes, nodes, chunk_bytes, dealer)
     return layout, [Comparison(list(ranks), names) for ranks, names in sorted(compared.items())]
 
 
@@ -251,6 +255,7 @@ def _lay_out(
     classes: Mapping[tuple[int, ...], list[tuple[tuple[str, int], Box]]],
     nodes: Sequence[int],
     chunk_bytes: int,
+    dealer: Dealer,
 ) -> Layout:
     number = {identity: position for position, identity in enumerate(keys)}
     shards: list[tuple[int, Box]] = []
@@ -289,23 +294,18 @@ def _lay_out(
         writers=[],
         rank_nodes=list(nodes),
     )
-    return msgspec.structs.replace(layout, writers=_deal(Chunks(layout), class_units))
+    return msgspec.structs.replace(layout, writers=_deal(Chunks(layout), class_units, dealer))
 
 
-def _deal(chunks: Chunks, class_units: Iterable[tuple[tuple[int, ...], int]]) -> list[tuple[int, int]]:
-    """Runs of chunks by writer: each class evenly by bytes between the ranks that hold it."""
-    runs: list[tuple[int, int]] = []
+def _deal(chunks: Chunks, class_units: Iterable[tuple[tuple[int, ...], int]], dealer: Dealer) -> list[tuple[int, int]]:
+    """Runs of chunks by writer."""
+    classes: list[Class] = []
     unit = 0
     for ranks, count in class_units:
-        if len(ranks) == 1:
-            total = sum(len(chunks.unit_chunks(number)) for number in range(unit, unit + count))
-            runs.append((ranks[0], total))
-        else:
-            sizes = [
-                chunks.raw_bytes(pieces)
-                for number in range(unit, unit + count)
-                for pieces in chunks.unit_pieces(number)
-            ]
-            runs += zip(ranks, even_runs(sizes, len(ranks)), strict=True)
+        units = range(unit, unit + count)
+        sizes = [chunks.raw_bytes(pieces) for number in units for pieces in chunks.unit_pieces(number)]
+        classes.append(Class(ranks, sizes))
         unit += count
+    counts = dealer.deal(classes).counts
+    runs = (pair for each, own in zip(classes, counts, strict=True) for pair in zip(each.ranks, own, strict=True))
     return [(rank, length) for rank, length in runs if length]

@@ -20,7 +20,7 @@ from fastckpt.format import codec, document, names, pack
 from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.tables import Index, PackInfo, Part, PartInfo, RankTable
-from fastckpt.plan.placement import even_runs
+from fastckpt.plan.placement import cut_runs
 from fastckpt.repository.history import History, now
 from fastckpt.storage.store import BLOCK_BYTES, ObjectWriter, Store
 from fastckpt.trace import Trace
@@ -66,7 +66,7 @@ class ChunkWriter:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._packs: list[PackInfo] = []
-        ends = itertools.accumulate(even_runs(sizes, stream_count) if sizes else [], initial=0)
+        ends = itertools.accumulate(cut_runs(sizes, [1] * stream_count), initial=0)
         runs = [range(first, end) for first, end in itertools.pairwise(ends)]
         self.streams = [PackStream(self, rows, batch_bytes) for rows in runs if rows]
         # Rows are written by whichever stream has the chunk, each once.

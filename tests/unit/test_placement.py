@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.placement.layouts import NAMES, layout
-from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, place, writing_order
+from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, place
 from fastckpt.plan.topology import Tree
 
 GB = 10**9
@@ -193,43 +193,6 @@ def test_the_layouts_of_the_benchmark_are_solved_within_the_gap(name: str) -> No
     totals = np.bincount(given.class_of, given.sizes).astype(np.int64)
     placed = place(given.tree, Classes(totals, given.classes.starts, given.classes.holders), given.fixed)
     assert placed.gap <= 0.005
-
-
-# --- the rule ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("numbering", ["block", "cyclic", "shuffled"])
-@pytest.mark.parametrize("chunks", [1, 3, 40, 150])
-def test_with_equal_capacities_every_supernode_gets_equally_many_writers_and_equal_bytes_within_one_chunk_a_writer(
-    numbering: str, chunks: int
-) -> None:
-    """8 supernodes of 8 nodes of 4 ranks; 16 classes, each held by 16 ranks, equally many in each supernode."""
-    supernodes, nodes, ranks, class_count, chunk_bytes = 8, 64, 256, 16, 1 << 20
-    node_of = {
-        "block": np.arange(ranks) // 4,
-        "cyclic": np.arange(ranks) % nodes,
-        "shuffled": np.random.default_rng(0).permutation(ranks) // 4,
-    }[numbering]
-    supernode_of = np.arange(nodes) * supernodes // nodes
-    on = tree(supernode_of.tolist(), node_of.tolist(), [[2e9] * ranks, [8e9] * nodes, [32e9] * supernodes, [256e9]])
-    held: list[list[int]] = [[] for _ in range(class_count)]
-    for supernode in range(supernodes):
-        for position, rank in enumerate(np.flatnonzero(supernode_of[node_of] == supernode)):
-            held[position % class_count].append(int(rank))
-    given = writing_order(on, classes(*((chunks * chunk_bytes, sorted(ranks)) for ranks in held)))
-    placed = dealt(on, given)
-    assert placed.gap < 1e-6
-    assert set(placed.shares.tolist()) == {chunks * chunk_bytes // 16}
-
-    written = np.zeros(ranks, int)
-    for first, end in zip(given.starts[:-1], given.starts[1:], strict=True):
-        runs = cut_runs([chunk_bytes] * chunks, placed.shares[first:end].tolist())
-        written[given.holders[first:end]] += runs
-    of_supernode = np.bincount(supernode_of[node_of], written)
-    writers = np.bincount(supernode_of[node_of], written > 0)
-    assert set(writers) == {min(chunks * class_count, ranks) // supernodes}
-    assert set(of_supernode) == {chunks * class_count // supernodes}
-    assert max(written) - min(written) <= 1
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
