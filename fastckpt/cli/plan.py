@@ -121,9 +121,9 @@ def command(terminal: Terminal, topology_file: str, source: str, step: int | Non
     if figure is not None and plot:
         _draw(figure, result, plot)
     if terminal.json:
-        terminal.document(_json(topology_file, source, topology, result))
+        terminal.document(_json(topology_file, source, result))
     else:
-        _show(terminal, topology_file, source, topology, result)
+        _show(terminal, topology_file, source, result)
         if plot:
             terminal.note(f"drawn to {plot}")
 
@@ -228,7 +228,7 @@ def _comparable_seconds(tree: Tree, loads: npt.NDArray[np.int64]) -> float:
 # --- what is shown -------------------------------------------------------------------------------------------------
 
 
-def _show(terminal: Terminal, topology_file: str, source: str, topology: Topology, result: _Result) -> None:
+def _show(terminal: Terminal, topology_file: str, source: str, result: _Result) -> None:
     tree, holdings, placement = result.tree, result.holdings, result.placement
     own = result.outcomes[0]
     levels = [
@@ -332,7 +332,7 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _json(topology_file: str, source: str, topology: Topology, result: _Result) -> dict[str, Any]:
+def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
     tree, placement, holdings = result.tree, result.placement, result.holdings
     levels = zip(tree.levels, tree.capacities, strict=True)
     return {

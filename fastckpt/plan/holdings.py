@@ -60,7 +60,9 @@ class Holdings:
 
     def loads(self, shares: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Bytes each rank writes, of which ``shares`` are those of the classes, in the order of their holders."""
-        return self.fixed + np.bincount(self.classes.holders, shares, self.ranks).astype(np.int64)
+        loads = self.fixed.copy()
+        np.add.at(loads, self.classes.holders, shares)  # bincount would add as float64
+        return loads
 
 
 @dataclass(frozen=True, eq=False)

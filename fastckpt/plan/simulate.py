@@ -54,17 +54,22 @@ def simulate(
     tree: Tree,
     loads: npt.NDArray[np.int64],
     *,
-    writer_rate: float | None = None,
+    writer_bytes_per_second: float | None = None,
     tolerance: float = TOLERANCE,
 ) -> Simulation:
     """One flow for each rank with ``loads[rank]`` > 0 bytes; all start at once and share max-min fairly until done.
 
-    With ``writer_rate`` c (bytes/s that a writer alone gets from the storage) the storage's capacity W has a soft knee:
-    M writers together get W (1 - exp(-M c / W)). Flows whose bytes differ by less than ``tolerance`` / 2 are one, and
-    what a flow that is done leaves is given to the others after at most ``tolerance`` / 2 of the makespan; with 0 all
-    is exact. ``ValueError`` for loads that are negative or not one a rank.
+    With ``writer_bytes_per_second`` c, what a writer alone gets from the storage, the storage's capacity W has a soft
+    knee: M writers together get W (1 - exp(-M c / W)). Flows whose bytes differ by less than ``tolerance`` / 2 are one,
+    and what a flow that is done leaves is given to the others after at most ``tolerance`` / 2 of the makespan; with 0
+    all is exact. ``ValueError`` for loads that are negative or not one a rank, and for a ``writer_bytes_per_second`` or
+    a ``tolerance`` that is none.
     """
-    check_loads(tree, loads)
+    _check(tree, loads)
+    if writer_bytes_per_second is not None and not 0 < writer_bytes_per_second < math.inf:
+        raise ValueError(f"writer_bytes_per_second={writer_bytes_per_second} is no rate")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance} is no part of the makespan: give 0 to 1")
     finish = np.zeros(len(loads))
     writers = np.flatnonzero(loads)
     if not any(np.isfinite(capacity).any() for capacity in tree.capacities):
@@ -78,7 +83,7 @@ def simulate(
     now = 0.0
     least = makespan(tree, loads)
     while len(active):
-        rates = _rates(tree, flows, writer_rate)
+        rates = _rates(tree, flows, writer_bytes_per_second)
         need = left / rates
         step = max(float(need.min()), max(now, least) * tolerance / 2)
         ending = need <= step * (1 + 1e-12)
@@ -102,7 +107,7 @@ def fair_rates(tree: Tree, writing: npt.NDArray[np.bool_]) -> Floats:
     return rates
 
 
-def check_loads(tree: Tree, loads: npt.NDArray[np.int64]) -> None:
+def _check(tree: Tree, loads: npt.NDArray[np.int64]) -> None:
     """``ValueError`` unless there is a load for each rank, and none is negative."""
     ranks = len(tree.capacities[0])
     if loads.shape != (ranks,):
@@ -140,16 +145,16 @@ def _merge(tree: Tree, writers: Numbers, size: Floats, tolerance: float) -> tupl
     return flows, flow_of, np.maximum.reduceat(size[order], starts)
 
 
-def _rates(tree: Tree, flows: _Flows, writer_rate: float | None) -> Floats:
+def _rates(tree: Tree, flows: _Flows, writer_bytes_per_second: float | None) -> Floats:
     rates = flows.cap.copy()
     for level, capacity in enumerate(tree.capacities):
-        if level == len(tree.levels) - 1 and writer_rate is not None and math.isfinite(capacity[0]):
+        if level == len(tree.levels) - 1 and writer_bytes_per_second is not None and math.isfinite(capacity[0]):
             writers = float(flows.count.sum())
-            capacity = capacity * -math.expm1(-writers * writer_rate / float(capacity[0]))
+            capacity = capacity * -math.expm1(-writers * writer_bytes_per_second / float(capacity[0]))
         elif not np.isfinite(capacity).any():
             continue
         here = int(np.searchsorted(flows.entry, level, side="right"))
-        if level == len(tree.levels) - 1 and writer_rate is not None:
+        if level == len(tree.levels) - 1 and writer_bytes_per_second is not None:
             here = len(rates)  # a single writer shares no edge, but has the knee's capacity only
         edge = flows.edges[level][:here]
         limit = _fit(rates[:here], flows.count[:here], edge, capacity)
@@ -169,12 +174,13 @@ def _fit(rates: Floats, count: Floats, edge: Numbers, capacity: Floats) -> Float
     level = np.zeros(edges)
     level[over] = capacity[over] / np.bincount(edge, count, edges)[over]
     while True:
-        # Flows that cannot use the level leave what they do not use to the others, whose level so rises.
+        # Flows that cannot use the level leave what they do not use to the others, whose level so rises. It never
+        # falls, whatever is lost in rounding, and each round but the last has more flows that cannot: so it ends.
         low = rates <= level[edge]
         used = np.bincount(edge[low], (rates * count)[low], edges)[over]
         sharing = np.bincount(edge[~low], count[~low], edges)[over]
         before = level[over]
-        level[over] = np.where(sharing > 0, (capacity[over] - used) / np.maximum(sharing, 1), before)
+        level[over] = np.maximum(before, np.where(sharing > 0, (capacity[over] - used) / np.maximum(sharing, 1), 0.0))
         if (level[over] <= before * (1 + 1e-13)).all():
             break
     limit[over] = level[over]

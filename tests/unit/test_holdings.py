@@ -87,6 +87,11 @@ def test_sets_of_one_rank_and_loads_by_rank_are_what_only_one_holds() -> None:
     assert holdings.loads(np.array([13, 0, 6, 7])).tolist() == [123, 6, 17]
 
 
+def test_loads_are_exact_beyond_what_a_float_holds() -> None:
+    holdings = gather(2, [Alike(np.array([[0, 1]]), {2**60 + 1: 1})])
+    assert holdings.loads(np.array([2**60 + 1, 0])).tolist() == [2**60 + 1, 0]
+
+
 def test_a_set_without_bytes_is_none() -> None:
     assert sets(gather(3, [Alike(np.array([[0, 1]]), {0: 3}), Alike(np.array([[1, 2]]), {})])) == {}
 

@@ -77,7 +77,7 @@ def test_writers_by_a_soft_knee_rise_past_the_hard_one() -> None:
     rates = []
     for writers in (1, 10, 24, 48):
         paths = tree([[0] * writers], [[math.inf] * writers, [6e9]])
-        result = simulate(paths, np.full(writers, 10**9), writer_rate=0.645e9)
+        result = simulate(paths, np.full(writers, 10**9), writer_bytes_per_second=0.645e9)
         rates.append(writers / result.makespan_seconds)
     assert rates == pytest.approx([0.61, 3.95, 5.55, 5.97], abs=0.01)
 
@@ -229,3 +229,9 @@ def test_without_any_capacity_the_time_is_not_known() -> None:
 def test_loads_that_are_not_loads_are_refused(loads: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         simulate(spread([2, 2], 1, 1, 1), np.array(loads))
+
+
+def test_rates_and_tolerances_that_are_none_are_refused() -> None:
+    for wrong in ({"writer_bytes_per_second": 0}, {"writer_bytes_per_second": math.nan}, {"tolerance": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            simulate(spread([2, 2], 1, 1, 1), np.ones(4, np.int64), **wrong)
