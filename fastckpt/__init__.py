@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from fastckpt.job.tensors import Shard as Shard
     from fastckpt.options import Options as Options
     from fastckpt.pending import Pending as Pending
-    from fastckpt.plan.topology import Topology as Topology
-    from fastckpt.plan.topology_offer import RankPath as RankPath
     from fastckpt.repository.reader import Snapshot as Snapshot
     from fastckpt.repository.repository import open as open  # noqa: A004 - the public name
+    from fastckpt.topology.offer import RankPath as RankPath
+    from fastckpt.topology.topology import Topology as Topology
 
 _HOME = {
     "Callback": "callback",
@@ -48,10 +48,10 @@ _HOME = {
     "Pending": "pending",
     "PerRank": "job.per_rank",
     "RNGState": "job.rng",
-    "RankPath": "plan.topology_offer",
+    "RankPath": "topology.offer",
     "Shard": "job.tensors",
     "Snapshot": "repository.reader",
-    "Topology": "plan.topology",
+    "Topology": "topology.topology",
     "open": "repository.repository",
     **dict.fromkeys(
         (

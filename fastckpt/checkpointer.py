@@ -37,8 +37,6 @@ from fastckpt.job.targets import Targets
 from fastckpt.options import Options
 from fastckpt.pending import Pending, Work
 from fastckpt.plan.restore_plan import Selection
-from fastckpt.plan.topology import Topology
-from fastckpt.plan.topology_offer import RankPath
 from fastckpt.repository import drift, repository
 from fastckpt.repository.reader import Snapshot
 from fastckpt.request import Request, checked_request
@@ -46,6 +44,8 @@ from fastckpt.restore import Restores
 from fastckpt.save import Agreed, Attempt, Labels, Saves
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
+from fastckpt.topology.offer import RankPath
+from fastckpt.topology.topology import Topology
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")

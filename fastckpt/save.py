@@ -39,7 +39,6 @@ from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, decode_layout
 from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, as_told, checked, combined
 from fastckpt.options import Options
-from fastckpt.plan import topology_offer
 from fastckpt.plan.deal import Dealer
 from fastckpt.plan.rates import encode_rate
 from fastckpt.plan.save_plan import (
@@ -50,13 +49,14 @@ from fastckpt.plan.save_plan import (
     offered_bytes,
     plan_save,
 )
-from fastckpt.plan.topology import Topology
-from fastckpt.plan.topology_offer import RankPath
 from fastckpt.repository import pull, repository
 from fastckpt.repository.pull import Pull
 from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
 from fastckpt.storage.deadline import Callers, NoAnswer
 from fastckpt.storage.store import Store
+from fastckpt.topology import offer as topology_offer
+from fastckpt.topology.offer import RankPath
+from fastckpt.topology.topology import Topology
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")

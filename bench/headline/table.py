@@ -18,7 +18,7 @@ from fastckpt.plan.holdings import Holdings
 from fastckpt.plan.layout_file import read_layout
 from fastckpt.plan.placement import place
 from fastckpt.plan.simulate import simulate
-from fastckpt.plan.topology import Topology, Tree
+from fastckpt.topology.topology import Topology, Tree
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STATES = {"weights only": [2], "with optimizer": [2, 4, 4, 4], "and gradients": [2, 4, 4, 4, 2]}

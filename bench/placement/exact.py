@@ -8,7 +8,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array, csr_array, hstack, vstack
 
 from fastckpt.plan.placement import Classes
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 GB = 1e9
 """The solver's tolerances are absolute: in bytes it gives wrong answers."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.plan.placement import Classes
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 TENSOR, PIPELINE = 8, 16
 RANKS_PER_NODE = 8

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fastckpt.plan.holdings import Holdings
     from fastckpt.plan.placement import Placement
-    from fastckpt.plan.topology import Topology, Tree
+    from fastckpt.topology.topology import Topology, Tree
 
 FILE_BYTES_MAX = 16 * 1024 * 1024
 RANKS_PER_WRITER = 64
@@ -133,7 +133,7 @@ def command(terminal: Terminal, topology_file: str, source: str, step: int | Non
 
 def _topology(path: str) -> Topology:
     from fastckpt.errors import TopologyError
-    from fastckpt.plan.topology import Topology
+    from fastckpt.topology.topology import Topology
 
     try:
         return Topology.load(path)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, phases, place
 from fastckpt.plan.rates import Rates
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 NAMES_SHOWN_MAX = 4
 WORTH = 0.05

@@ -54,10 +54,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.plan.holdings import BYTES_MAX, Alike, Holdings, gather
-from fastckpt.plan.host_list import expand_numbers
-from fastckpt.plan.lines import Path, line_of
-from fastckpt.plan.nearest import nearest
-from fastckpt.plan.plane import RANKS_MAX
+from fastckpt.topology.host_list import expand_numbers
+from fastckpt.topology.lines import Path, line_of
+from fastckpt.topology.nearest import nearest
+from fastckpt.topology.plane import RANKS_MAX
 
 TEXT_CHARACTERS_MAX: Final = 2**24
 CLASSES_MAX: Final = 2**22

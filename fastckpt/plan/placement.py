@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

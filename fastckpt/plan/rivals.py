@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fastckpt.plan.holdings import Holdings, Shards
 from fastckpt.plan.placement import Classes
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 Shares = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.intp]

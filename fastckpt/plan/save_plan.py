@@ -17,7 +17,7 @@ from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box, find_overlap
 from fastckpt.format.tables import SHARED, Chunks, Layout
 from fastckpt.plan.deal import Class, Dealer
-from fastckpt.plan.topology import Topology
+from fastckpt.topology.topology import Topology
 
 KNOWN = 0
 """Equal on all ranks of ``among`` by what the tensor is (DTensor ``Replicate``, a DDP module's parameter)."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.plan.placement import makespan
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 TOLERANCE = 0.001
 """How far finishing times may be off, as a part of the makespan."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bench.placement.exact import least_seconds
 from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, place
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 SOAK_ROUNDS = int(os.environ.get("SOAK_ROUNDS", "20"))
 GAP_MAX = 0.005

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastckpt import Topology
-from fastckpt.plan.capacity import read_capacity, write_capacity
-from fastckpt.plan.host_list import (
+from fastckpt.topology.capacity import read_capacity, write_capacity
+from fastckpt.topology.host_list import (
     expand,
     expand_counts,
     expand_numbers,
@@ -20,7 +20,7 @@ from fastckpt.plan.host_list import (
     fold_counts,
     fold_numbers,
 )
-from fastckpt.plan.plane import RANKS_MAX
+from fastckpt.topology.plane import RANKS_MAX
 
 # Few letters, so that names share prefixes; zeros, so that widths differ; and what TOML must quote.
 names = st.one_of(

@@ -11,7 +11,7 @@ import pytest
 from fastckpt.plan import rates
 from fastckpt.plan.deal import WRITERS_MIN, Class, Dealer, Profile
 from fastckpt.plan.rates import FORGET_SAVES, Rates, encode_rate
-from fastckpt.plan.topology import Topology, Tree
+from fastckpt.topology.topology import Topology, Tree
 
 MIB = 1 << 20
 

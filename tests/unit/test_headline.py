@@ -6,7 +6,7 @@ import pytest
 
 from bench.headline import table as headline
 from fastckpt.plan.placement import makespan
-from fastckpt.plan.topology import Topology
+from fastckpt.topology.topology import Topology
 
 
 def test_every_row_places_everything_and_none_is_faster_than_the_plan() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fastckpt.plan import layout_file
 from fastckpt.plan.holdings import Holdings
 from fastckpt.plan.layout_file import read_layout
-from fastckpt.plan.topology import Topology
+from fastckpt.topology.topology import Topology
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

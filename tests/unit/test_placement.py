@@ -9,7 +9,7 @@ import pytest
 
 from bench.placement.layouts import NAMES, layout
 from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, place
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 GB = 10**9
 

@@ -12,7 +12,7 @@ from fastckpt.plan import rivals
 from fastckpt.plan.holdings import Alike, Holdings, gather
 from fastckpt.plan.placement import place
 from fastckpt.plan.simulate import simulate
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 MB = 10**6
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastckpt.plan.simulate import TOLERANCE, fair_rates, simulate
-from fastckpt.plan.topology import Tree
+from fastckpt.topology.topology import Tree
 
 MB = 10**6
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fastckpt import Topology, TopologyError
-from fastckpt.plan.lines import line_of
-from fastckpt.plan.topology_offer import Offer, RankPath, agree, offer
+from fastckpt.topology.lines import line_of
+from fastckpt.topology.offer import Offer, RankPath, agree, offer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "topologies"
 

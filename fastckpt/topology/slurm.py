@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fastckpt.errors import TopologyError
-from fastckpt.plan.host_list import check_name, expand
+from fastckpt.topology.host_list import check_name, expand
 
 ADDRESS: Final = "SLURM_TOPOLOGY_ADDR"
 PATTERN: Final = "SLURM_TOPOLOGY_ADDR_PATTERN"

@@ -36,11 +36,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.errors import TopologyError
-from fastckpt.plan.capacity import read_capacity
-from fastckpt.plan.host_list import check_name, expand, expand_counts, expand_numbers
-from fastckpt.plan.lines import Path, key_twice, line_of
-from fastckpt.plan.nearest import nearest
-from fastckpt.plan.plane import RANKS_MAX, Numbers, Plane, are_numbers
+from fastckpt.topology.capacity import read_capacity
+from fastckpt.topology.host_list import check_name, expand, expand_counts, expand_numbers
+from fastckpt.topology.lines import Path, key_twice, line_of
+from fastckpt.topology.nearest import nearest
+from fastckpt.topology.plane import RANKS_MAX, Numbers, Plane, are_numbers
 
 STANDARD_LEVELS: Final[tuple[str, ...]] = ("rank", "node", "supernode", "gateway", "storage")
 PLANES: Final = ("storage", "compute")

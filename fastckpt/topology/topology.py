@@ -1,6 +1,6 @@
 """Which rank reaches the storage through which node, supernode and gateway, and what each of them can carry.
 
-How a file describes it is in ``topology_file``; how the ranks of a job agree on it, in ``topology_offer``.
+How a file describes it is in ``file``; how the ranks of a job agree on it, in ``offer``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from fastckpt.errors import TopologyError
-from fastckpt.plan.capacity import read_capacity
-from fastckpt.plan.host_list import check_name
-from fastckpt.plan.nearest import nearest
-from fastckpt.plan.plane import RANKS_MAX, Plane, are_numbers, plane_of_paths
-from fastckpt.plan.slurm import levels_of, paths_of_conf
-from fastckpt.plan.topology_dump import document_of, toml_of
-from fastckpt.plan.topology_file import PLANES, Document, parse_text, planes_of
+from fastckpt.topology.capacity import read_capacity
+from fastckpt.topology.dump import document_of, toml_of
+from fastckpt.topology.file import PLANES, Document, parse_text, planes_of
+from fastckpt.topology.host_list import check_name
+from fastckpt.topology.nearest import nearest
+from fastckpt.topology.plane import RANKS_MAX, Plane, are_numbers, plane_of_paths
+from fastckpt.topology.slurm import levels_of, paths_of_conf
 
 FILE_BYTES_MAX: Final = 64 * 2**20
 

@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 
 from fastckpt.errors import TopologyError
-from fastckpt.plan.capacity import write_capacity
-from fastckpt.plan.host_list import check_name, fold_numbers
-from fastckpt.plan.slurm import levels_of, path_of_address
-from fastckpt.plan.topology import Capacities, Topology, check_path, read_capacities
+from fastckpt.topology.capacity import write_capacity
+from fastckpt.topology.host_list import check_name, fold_numbers
+from fastckpt.topology.slurm import levels_of, path_of_address
+from fastckpt.topology.topology import Capacities, Topology, check_path, read_capacities
 
 FIELD_BYTES: Final = 4
 

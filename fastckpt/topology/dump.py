@@ -1,4 +1,4 @@
-"""A topology written as TOML or JSON, in the form that ``topology_file`` describes and reads."""
+"""A topology written as TOML or JSON, in the form that ``file`` describes and reads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from fastckpt.plan.capacity import write_capacity
-from fastckpt.plan.host_list import fold, fold_counts, fold_numbers
-from fastckpt.plan.plane import Numbers, Plane
-from fastckpt.plan.topology_file import STANDARD_LEVELS, field_of_edges
+from fastckpt.topology.capacity import write_capacity
+from fastckpt.topology.file import STANDARD_LEVELS, field_of_edges
+from fastckpt.topology.host_list import fold, fold_counts, fold_numbers
+from fastckpt.topology.plane import Numbers, Plane
 
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 from typing import Any, Final
 
-from fastckpt.plan.nearest import nearest
+from fastckpt.topology.nearest import nearest
 
 BYTES_PER_SECOND_MAX: Final = 1e18
 
