@@ -2,7 +2,8 @@
 
     python examples/topology_sources.py
 
-In a job, each rank says where its own node is, and the paths of all ranks make the topology.
+Here the paths of all ranks make a topology. In a job, each rank gives only its own: Checkpointer(url,
+topology=fastckpt.RankPath.of(*path)).
 """
 
 import json

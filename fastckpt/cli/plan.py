@@ -6,7 +6,6 @@ import importlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ FILE_BYTES_MAX = 16 * 1024 * 1024
 RANKS_PER_WRITER = 64
 """Of the placement with too few writers."""
 ROWS_MAX = 40
-NAMES_SHOWN_MAX = 4
 NAMES_MAX = 1000
 """Of edges in the JSON document; their number is there, too."""
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -229,6 +227,8 @@ def _comparable_seconds(tree: Tree, loads: npt.NDArray[np.int64]) -> float:
 
 
 def _show(terminal: Terminal, topology_file: str, source: str, result: _Result) -> None:
+    from fastckpt.plan.deal import by_level, name_edges
+
     tree, holdings, placement = result.tree, result.holdings, result.placement
     own = result.outcomes[0]
     levels = [
@@ -248,7 +248,9 @@ def _show(terminal: Terminal, topology_file: str, source: str, result: _Result) 
         terminal.line(f"bound        {_seconds_text(placement.bound_seconds)}: no placement is faster")
     terminal.line(f"gap          {placement.gap:.2%}")
     if not math.isnan(placement.bound_seconds):
-        binding = "; ".join(_binding_text(tree, *cut) for cut in _binding(tree, placement))
+        binding = "; ".join(
+            f"{name_edges(tree, *cut)} ({_rate_text(_together(tree, *cut))})" for cut in by_level(placement)
+        )
         terminal.line(f"binding      {binding or 'nothing'}")
     terminal.line()
     _show_groups(terminal, result)
@@ -292,23 +294,9 @@ def _group_cells(group: _Group) -> tuple[str, ...]:
     return str(group.ranks), str(group.writers), size_text(group.bytes), busy
 
 
-def _binding(tree: Tree, placement: Placement) -> Iterator[tuple[int, list[int], float]]:
-    """Of the cut that gives the bound: level, edges, and what these can carry together."""
-    for level, cut in itertools.groupby(placement.binding, key=lambda pair: pair[0]):
-        edges = [edge for _, edge in cut]
-        yield level, edges, float(tree.capacities[level][edges].sum())
-
-
-def _binding_text(tree: Tree, level: int, edges: list[int], capacity: float) -> str:
-    count, kind = len(tree.capacities[level]), tree.levels[level]
-    if count == 1:
-        name = kind
-    elif len(edges) == count:
-        name = f"all {count} {kind}s"
-    else:
-        name = ", ".join(tree.names[level][edge] for edge in edges[:NAMES_SHOWN_MAX])
-        name += f" and {len(edges) - NAMES_SHOWN_MAX} more" if len(edges) > NAMES_SHOWN_MAX else ""
-    return f"{name} ({_rate_text(capacity)})"
+def _together(tree: Tree, level: int, edges: list[int]) -> float:
+    """What edges of a level can carry, in bytes/s."""
+    return float(tree.capacities[level][edges].sum())
 
 
 def _seconds_text(seconds: float) -> str:
@@ -333,6 +321,8 @@ def _finite(number: float) -> float | None:
 
 
 def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
+    from fastckpt.plan.deal import by_level
+
     tree, placement, holdings = result.tree, result.placement, result.holdings
     levels = zip(tree.levels, tree.capacities, strict=True)
     return {
@@ -351,9 +341,9 @@ def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
                 "level": tree.levels[level],
                 "edges": len(edges),
                 "names": [tree.names[level][edge] for edge in edges[:NAMES_MAX]],
-                "capacity": _finite(capacity),
+                "capacity": _finite(_together(tree, level, edges)),
             }
-            for level, edges, capacity in _binding(tree, placement)
+            for level, edges in by_level(placement)
         ],
         "level": tree.levels[result.level],
         "groups": [

@@ -75,7 +75,6 @@ _UNITS: Final = {
     **{f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate(["K", "M", "G", "T", "P"], 1)},
 }
 _BYTES: Final = re.compile(r"\s*([0-9]{1,19})(?:\.([0-9]{1,9}))?\s*([A-Za-z]{1,3})\s*")
-_SHARDS: Final = re.compile(r"^[ \t]*\[\[[ \t]*shards[ \t]*\]\]", re.MULTILINE)
 _TOTALS: Final = ("layers", "parameters", "experts", "expert_parameters")
 _DIMENSIONS: Final = (
     *("layers", "hidden", "intermediate", "gated", "heads", "key_value_heads", "vocabulary", "tied_embeddings"),
@@ -388,15 +387,7 @@ class _Reader:
         if not path:
             raise ValueError(f"{self._source}: {what}")
         field = ".".join(part for part in path if isinstance(part, str))
-        raise ValueError(f"{self._source}:{self._line(path)}: {field} {what}")
-
-    def _line(self, path: Path) -> int:
-        if len(path) > 1 and isinstance(path[1], int):  # one of several tables of the same name
-            heads = [match.start() for match in _SHARDS.finditer(self._text)]
-            begin, end = [*heads, len(self._text)][path[1] : path[1] + 2] if path[1] < len(heads) else (0, 0)
-            if end:
-                return self._text.count("\n", 0, begin) + line_of(self._text[begin:end], (path[0], *path[2:]))
-        return line_of(self._text, path)
+        raise ValueError(f"{self._source}:{line_of(self._text, path)}: {field} {what}")
 
 
 _Kinds = tuple[_Tensors, Callable[[int, int], list[tuple[_Tensors, int]]], _Tensors]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 Path = tuple[str | int, ...]
@@ -41,7 +41,8 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
     table: Path = ()  # of the last header
     inside: list[tuple[Path, int | None]] = []  # open brackets of values; an array with the index it has come to
     key: list[str] = []  # its words so far
-    header = False
+    brackets = 0  # of the header that is being read: [[ is one more table of an array
+    last: dict[Path, int] = {}  # the index of an array's last table
     value: Path | None = None  # where the value belongs that comes next
     line = 1
     for match in _TOKEN.finditer(text):
@@ -57,7 +58,7 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
         elif mark == "\n":
             line += 1
             if not inside:
-                header, key, value = False, [], None
+                brackets, key, value = 0, [], None
         elif mark in "=:" and value is None:
             value = (inside[-1][0] if inside else table) + tuple(key)
             if again is not None and value in lines:
@@ -69,14 +70,17 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
             if mark == "{":  # the whole document, in JSON
                 inside.append(((), None))
             else:
-                header = True
+                brackets += 1
         elif mark in "[{":
             where = value or ()
             inside.append((where, 0 if mark == "[" else None))
             value = (*where, 0) if mark == "[" else None
-        elif mark == "]" and header:
+        elif mark == "]" and brackets:
             if key:
-                table = tuple(key)
+                if brackets > 1:
+                    array = (*_table(key[:-1], last), key[-1])
+                    last[array] = last.get(array, -1) + 1
+                table = _table(key, last)
                 for end in range(1, len(table) + 1):
                     lines.setdefault(table[:end], line)
             key = []
@@ -91,6 +95,16 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
                 inside[-1] = (where, index + 1)
                 value = (*where, index + 1)
     return lines
+
+
+def _table(key: Sequence[str], last: Mapping[Path, int]) -> Path:
+    """The path that a header means: of an array of tables, the last one."""
+    path: Path = ()
+    for word in key:
+        path += (word,)
+        if path in last:
+            path += (last[path],)
+    return path
 
 
 def _unquoted(string: str) -> str:
