@@ -229,7 +229,7 @@ class Saves:
         answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, common))
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         if not answer:
-            self._agree_on_topology(offered)
+            self._agree_on_topology("topology", offered)
             answer = self._ask("offers", offered, _full, lambda replies: self._on_offers(replies, common, trace))
         go = msgspec.msgpack.decode(answer, type=_Go)
         if go.agreement is not None:
@@ -244,19 +244,19 @@ class Saves:
         """Agrees with all ranks on the layout alone, for the saves to come. Writes nothing. An error in place of the
         offer makes every rank raise."""
         self._count += 1
-        self._agree_on_topology(offered)
+        self._agree_on_topology("prepare-topology", offered)
         answer = self._ask("prepare", offered, _full, self._on_prepare)
         assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
         self._agreed = self._take(msgspec.msgpack.decode(answer, type=Agreement))
         self._offered = offered.digest
         return self._agreed
 
-    def _agree_on_topology(self, offered: Offered | BaseException) -> None:
-        """Once a job. ``TopologyError`` on every rank, naming those that disagree."""
+    def _agree_on_topology(self, name: str, offered: Offered | BaseException) -> None:
+        """Once a job, under ``name``. ``TopologyError`` on every rank, naming those that disagree."""
         if self._has_topology:
             return
         own = msgspec.msgpack.encode(topology_offer.offer(self._topology, socket.gethostname()))
-        self._ask("topology", offered, lambda _: own, self._on_topology)
+        self._ask(name, offered, lambda _: own, self._on_topology)
         self._has_topology = True
 
     def _on_topology(self, replies: dict[int, bytes]) -> bytes:
@@ -287,7 +287,7 @@ class Saves:
                 posted,
                 decide,
                 seconds=self._options.commit_seconds_max,
-                what=f"all ranks to call {'prepare' if name == 'prepare' else 'save'}",
+                what=f"all ranks to call {'prepare' if name.startswith('prepare') else 'save'}",
             )
         except FastckptError:
             if isinstance(posted, BaseException):

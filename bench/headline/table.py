@@ -86,12 +86,12 @@ def assumptions(tree: Tree) -> str:
     ranks, nodes, supernodes, gateways, _ = map(len, tree.capacities)
     return (
         "A simulation (fluid flows, max-min fair; `python -m bench.headline`), not a measurement. Published: the "
-        f"number of parameters; over 37 million cores, which are about {nodes:,} nodes of 390; supernodes of "
-        f"{nodes // supernodes} nodes; a network of its own for I/O. Assumed: {rank:g} GB/s a writer, {ranks // nodes} "
-        f"a node; {node:g} GB/s a node, {supernode:g} a supernode, {gateway:g} a gateway ({gateways}, each for two "
-        f"supernodes, as on TaihuLight), {storage / 1000:g} TB/s of storage, which is what ten minutes for all of it "
-        "take, so that only the ratios of rows say something; 24 layers with 96,000 experts each, every expert on two "
-        "nodes that are far apart, what is dense on all nodes. *Too few* and *crowded* gather what other nodes hold at "
-        "no cost. Were each expert on one node only, there would be next to nothing to choose, and the naive way a "
-        "tenth slower than the planned."
+        f"number of parameters; over 37 million cores, 390 a node; supernodes of {nodes // supernodes} nodes; a "
+        f"network of its own for I/O. Inferred from the number of cores, not published: {nodes:,} nodes. Nothing "
+        f"public says what was stored. Assumed: {rank:g} GB/s a writer, {ranks // nodes} a node; {node:g} GB/s a node, "
+        f"{supernode:g} a supernode, {gateway:g} a gateway ({gateways}, each for two supernodes, as on TaihuLight), "
+        f"{storage / 1000:g} TB/s of storage, which is what ten minutes for all of it take, so that only the ratios of "
+        "rows say something; 24 layers with 96,000 experts each, every expert on two nodes that are far apart, what is "
+        "dense on all nodes. *Too few* and *crowded* gather what other nodes hold at no cost. Were each expert on one "
+        "node only, there would be next to nothing to choose, and the naive way a tenth slower than the planned."
     )

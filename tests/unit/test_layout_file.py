@@ -282,3 +282,9 @@ def test_sizes_that_do_not_divide_are_rounded_up() -> None:
     holdings = read_layout(DENSE.format(order="tp-dp-pp").replace("vocabulary = 10", "vocabulary = 11"), "x")
     assert holdings.bytes > read_layout(DENSE.format(order="tp-dp-pp"), "x").bytes
     assert np.all(holdings.shards.bytes % 2 == 0)
+
+
+def test_a_wrong_field_is_found_in_the_table_that_has_it() -> None:
+    good, bad = (f'[[shards]]\nbytes = 1\nholders = "{held}"\n' for held in ("0", "9"))
+    with pytest.raises(ValueError, match=r"x:7: shards\.holders names rank 9"):
+        read_layout("ranks = 6\n" + good + bad, "x")
