@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastckpt.callback import Callback as Callback
     from fastckpt.checkpointer import Checkpointer as Checkpointer
-    from fastckpt.checkpointer import Pending as Pending
     from fastckpt.errors import AnotherWriter as AnotherWriter
     from fastckpt.errors import AttemptAborted as AttemptAborted
     from fastckpt.errors import CommitTimeout as CommitTimeout
@@ -36,18 +35,23 @@ if TYPE_CHECKING:
     from fastckpt.job.rng import RNGState as RNGState
     from fastckpt.job.tensors import Shard as Shard
     from fastckpt.options import Options as Options
+    from fastckpt.pending import Pending as Pending
     from fastckpt.repository.reader import Snapshot as Snapshot
     from fastckpt.repository.repository import open as open  # noqa: A004 - the public name
+    from fastckpt.topology.offer import RankPath as RankPath
+    from fastckpt.topology.topology import Topology as Topology
 
 _HOME = {
     "Callback": "callback",
     "Checkpointer": "checkpointer",
     "Options": "options",
-    "Pending": "checkpointer",
+    "Pending": "pending",
     "PerRank": "job.per_rank",
     "RNGState": "job.rng",
+    "RankPath": "topology.offer",
     "Shard": "job.tensors",
     "Snapshot": "repository.reader",
+    "Topology": "topology.topology",
     "open": "repository.repository",
     **dict.fromkeys(
         (

@@ -128,10 +128,16 @@ class Pool:
             self._cancelled = True
             self._changed.notify_all()
 
-    def reset(self) -> None:
-        """Makes a cancelled pool usable again. Every slot must have been given back."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether every slot has been given back."""
         with self._changed:
-            assert self._free == [(0, self.bytes)], "a slot is still in use"
+            return self._free == [(0, self.bytes)]
+
+    def reset(self) -> None:
+        """Makes a cancelled pool usable again. It must be whole."""
+        assert self.is_whole, "a slot is still in use"
+        with self._changed:
             self._cancelled = False
 
     def close(self) -> bool:

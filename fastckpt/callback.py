@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from fastckpt import signals as process_signals
-from fastckpt.checkpointer import Checkpointer, Pending
+from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import FastckptError, SaveError, SnapshotNotFound
 from fastckpt.group import Assembly
 from fastckpt.interval import FAILURE_SECONDS, FIRST_SECONDS, interval_seconds, observed_failure_seconds
@@ -22,6 +22,7 @@ from fastckpt.job.steps import (
     check_stepper,
     holds_optimizer_of,
 )
+from fastckpt.pending import Pending
 from fastckpt.repository.reader import Snapshot
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store

@@ -1,19 +1,20 @@
-"""What users hold: the Checkpointer of a training loop, and the Pending it hands out for each save."""
+"""What users hold: the Checkpointer of a training loop."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import operator
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsIndex
 
-from fastckpt import restore as restore_flow
+from fastckpt.agreement import Agreed, Attempt
 from fastckpt.buffers import Pool
 from fastckpt.errors import (
     FastckptError,
@@ -24,9 +25,8 @@ from fastckpt.errors import (
     SnapshotExists,
     SnapshotNotFound,
 )
-from fastckpt.format.decision import check_labels
-from fastckpt.group import Group
-from fastckpt.job.asked import Asked, ask
+from fastckpt.format.decision import STEP_MAX, check_labels
+from fastckpt.group import Group, as_told
 from fastckpt.job.environment import environment
 from fastckpt.job.group import job_group, next_group_number
 from fastckpt.job.memory import StagingMemory
@@ -34,14 +34,19 @@ from fastckpt.job.optimizer import broken_step_hook_reason
 from fastckpt.job.profile import profile_range
 from fastckpt.job.staging import Fence, Staging
 from fastckpt.job.state import Describer, first_mesh
-from fastckpt.job.targets import RestoredValue, Targets, find_targets
+from fastckpt.job.targets import Targets
 from fastckpt.options import Options
-from fastckpt.plan.restore_plan import Catalog, Fit, Selection
+from fastckpt.pending import Pending, Work
+from fastckpt.plan.restore_plan import Selection
 from fastckpt.repository import drift, repository
 from fastckpt.repository.reader import Snapshot
-from fastckpt.save import Agreed, Attempt, Labels, Saves
+from fastckpt.request import Request, checked_request
+from fastckpt.restore import Restores
+from fastckpt.save import Labels, Saves
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
+from fastckpt.topology.offer import RankPath
+from fastckpt.topology.topology import Topology
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
@@ -49,94 +54,6 @@ log = logging.getLogger("fastckpt")
 CLOSE_SECONDS_AFTER_ERROR = 60.0
 STORAGE_SECONDS_SHARE = 0.75
 """A rank waits for its storage a little less long than the others wait for it: it must be able to say what is wrong."""
-
-
-class Pending:
-    """One save on its way: staged, then written, then committed; or failed. Any thread may ask and wait."""
-
-    def __init__(self, step: int, trace: Trace) -> None:
-        self.step = step
-        self._trace = trace
-        self._staged = threading.Event()
-        self._finished = threading.Event()
-        self._status: Literal["staging", "staged", "written", "committed", "failed"] = "staging"
-        self._error: BaseException | None = None
-        self._raised = False
-        self._snapshot: Snapshot | None = None
-
-    def __repr__(self) -> str:
-        return f"Pending(step={self.step}, status={self.status!r})"
-
-    @property
-    def status(self) -> str:
-        """ "staging", "staged", "written", "committed" or "failed"."""
-        return self._status
-
-    @property
-    def done(self) -> bool:
-        """Whether it is committed or failed."""
-        return self._finished.is_set()
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """What was committed. ``SaveError`` before it is."""
-        if self._snapshot is None:
-            raise SaveError(f"step {self.step} is not committed; it is {self.status}: call wait() first")
-        return self._snapshot
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why it failed, if it did."""
-        return self._error
-
-    @property
-    def counters(self) -> dict[str, float]:
-        """Seconds and bytes by stage, so far, on this rank: ``return_seconds`` (what ``save`` took), ``fence_seconds``
-        (what the optimizer waited), ``stage_bytes``, ``write_seconds`` (of all threads together),
-        ``committed_seconds`` (from the call) and so on; ``fastckpt/trace.py`` has the table."""
-        return self._trace.counters()
-
-    def timeline(self) -> dict[str, Any]:
-        """The stages so far, on this rank, by thread, in Chrome's trace event format: written with ``json.dump``, it is
-        a file for ui.perfetto.dev or chrome://tracing. Of more than 131,072 the longest; ``otherData`` has how many
-        were left out. Any thread.
-
-        Timestamps are wall clock, so files of several ranks can be shown as one: put together what their
-        ``traceEvents`` list. Between nodes they are as far apart as the clocks are.
-        """
-        return self._trace.timeline(self.step)
-
-    def wait_staged(self, timeout: float | None = None) -> None:
-        """Waits until the last live tensor has been read; from then on anything may change. ``TimeoutError`` after
-        ``timeout`` seconds. A failure is not raised here: a save that failed reads nothing any more."""
-        if not self._staged.wait(timeout):
-            raise TimeoutError(
-                f"step {self.step} was not staged within {timeout} s; it goes on, and can be waited for again"
-            )
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits until the snapshot is committed; raises what went wrong, naming ranks. ``TimeoutError`` after
-        ``timeout`` seconds."""
-        if not self._finished.wait(timeout):
-            raise TimeoutError(
-                f"step {self.step} was not committed within {timeout} s; it is {self.status}, goes on, and can be "
-                "waited for again"
-            )
-        if self._error is not None:
-            self._raised = True
-            raise self._error
-
-    def _mark(self, status: Literal["staged", "written"]) -> None:
-        self._status = status
-        if status == "staged":
-            self._trace.add_since_start("staged")
-            self._staged.set()
-
-    def _finish(self, error: BaseException | None) -> None:
-        self._error = error
-        self._status = "committed" if error is None else "failed"
-        self._staged.set()
-        self._finished.set()
 
 
 class Closable(Protocol):
@@ -156,30 +73,44 @@ class Checkpointer:
     leaving it waits for the last commit.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, options: Options | None = None, create: bool = True) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        options: Options | None = None,
+        topology: Topology | RankPath | None = None,
+        create: bool = True,
+    ) -> None:
         """``url``: a path, ``file:///...`` or ``memory://name``. The repository is made by the first save.
+
+        ``topology``: by which nodes, supernodes and gateways ranks reach the storage, and what those carry: every rank
+        gives the same ``Topology``, or its own ``RankPath``. The first save, or ``prepare``, raises ``TopologyError``
+        on every rank if they do not agree. Without one, all ranks count as equally fast.
 
         ``RepositoryNotFound`` if there is something else at ``url``, or nothing and ``create`` is False;
         ``RuntimeError`` if this is one of several ranks but ``torch.distributed`` has no process group.
         """
         self._options = options or Options()
+        if topology is not None and not isinstance(topology, Topology | RankPath):
+            raise TypeError(f"topology={topology!r} is not a fastckpt.Topology or fastckpt.RankPath")
         number = next_group_number()  # before anything can fail on one rank only
         seconds_max = self._options.commit_seconds_max
         self._store = DeadlineStore.opened(url, seconds_max * STORAGE_SECONDS_SHARE, open_store)
         if not repository.exists(self._store) and not create:
             repository.Repository(self._store)  # raises, saying what is there
         self._group = job_group(seconds_max, number)
-        self._saves = Saves(self._store, self._group, self._options)
-        self._restores = restore_flow.Restores(self._store, self._group, seconds_max)
+        self._saves = Saves(self._store, self._group, self._options, topology)
+        self._restores = Restores(self._store, self._group, seconds_max)
         self._pending: Pending | None = None
         self._describer = Describer(self._options.copy)
         self._staging: Staging | None = None
-        self._thread: threading.Thread | None = None
+        self._work: Work | None = None
         self._failed: list[Pending] = []
         on_node = sum(node == self._group.nodes[self._group.rank] for node in self._group.nodes)
         self._memory = StagingMemory(self._options.staging_bytes_max, on_node)
-        self._is_wanted = threading.Event()
-        """Set when a save is not to wait for memory to be backed any longer."""
+        self._is_wanted = False
+        """Whether a save is not to wait for memory to be backed any longer. No Event: an interrupt inside of one may
+        leave its lock held, and then whoever comes next waits for ever."""
         self._steps: set[int] = set()
         self._cleaner: threading.Thread | None = None
         self._broken: BaseException | None = None
@@ -223,7 +154,7 @@ class Checkpointer:
         self._hold_step()  # what the save before is still reading must not be waited for without limit here either
         self._release()
         pending = Pending(step, self._new_trace())
-        with pending._trace.span("return"):
+        with _raising(SaveError, f"step {step}"), pending._trace.span("return"):
             self._start(pending, state, metrics, note)
         # Only now: ranks learn of a failure at different moments, and must start the same saves all the same.
         self._raise_earlier(than=pending)
@@ -257,7 +188,7 @@ class Checkpointer:
                 raise SnapshotExists(f"{self.url}: this job has saved step {step} already; save each step once")
             with pending._trace.span("describe"):
                 description = self._describer.describe(state)
-                offered = Staging(description, self._group.size)
+                offered = Staging(description)
             copy = self._options.fence == "copy" or broken_step_hook_reason(description.optimizers) is not None
         except Exception as error:
             offered, copy = error, False
@@ -271,15 +202,14 @@ class Checkpointer:
                 mesh=offered.mesh, hosts=self._options.record_hosts, nodes=self._group.nodes
             )
         self._steps.add(pending.step)
-        self._is_wanted.set()
-        self._pending, self._staging = pending, offered
-        work = (pending, offered, attempt, labels, self._thread)
-        thread = threading.Thread(target=self._run, args=work, name="fastckpt-save", daemon=True)
+        self._is_wanted = True
+        work = Work("fastckpt-save", functools.partial(self._run, pending, offered, attempt, labels, self._work))
         try:
-            thread.start()
-            self._thread = thread
-        except (RuntimeError, MemoryError):  # the system gives no thread: the loop waits for this save
-            self._run(*work)
+            self._pending, self._staging, self._work = pending, offered, work
+            work.start()
+        except BaseException:  # an interrupt: what may be waited for from now on must come to its end
+            work.start()
+            raise
         if copy:
             self._hold_step()
 
@@ -293,23 +223,27 @@ class Checkpointer:
         self._release()
         offered: Staging | BaseException
         try:
-            offered = Staging(self._describer.describe(state), self._group.size)
+            offered = Staging(self._describer.describe(state))
         except Exception as error:
             offered = error
         self._join()
-        agreed = self._saves.prepare(offered)
+        with _raising(SaveError, self.url):
+            agreed = self._saves.prepare(offered)
         assert isinstance(offered, Staging)
         devices = offered.devices
         offered.release()
-        self._is_wanted.clear()
-        thread = threading.Thread(target=self._fault, args=(agreed, devices), name="fastckpt-prepare", daemon=True)
-        with contextlib.suppress(RuntimeError, MemoryError):  # the save itself does all that it needs
-            thread.start()
-            self._thread = thread
+        self._is_wanted = False
+        work = Work("fastckpt-prepare", functools.partial(self._fault, agreed, devices))
+        try:
+            self._work = work
+            work.start()
+        except BaseException:  # an interrupt: what is waited for from now on must come to its end
+            work.start()
+            raise
 
     def _fault(self, agreed: Agreed, devices: Iterable[Any]) -> None:
-        with contextlib.suppress(FastckptError):  # which the save meets again
-            self._pool(agreed, devices).fault(self._is_wanted.is_set)
+        with contextlib.suppress(FastckptError, MemoryError):  # which the save meets again
+            self._pool(agreed, devices).fault(lambda: self._is_wanted)
 
     def _run(
         self,
@@ -317,26 +251,27 @@ class Checkpointer:
         staging: Staging,
         attempt: Attempt | None,
         labels: Labels,
-        before: threading.Thread | None,
+        before: Work | None,
     ) -> None:
         """The part of a save that happens behind the training loop."""
         try:
-            if before is not None:
-                before.join()
-            if attempt is None:
-                attempt = self._saves.agree(pending.step, staging, pending._trace)
-            written: Any
-            try:
-                pool = self._pool(attempt.agreed, staging.devices)
-                written = self._saves.write(attempt, staging, pool, pending._trace, lambda: pending._mark("staged"))
-                pending._mark("written")
-            except Exception as error:
-                written = error
-            pending._staged.set()
-            staging.release()
-            live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
-            pending._snapshot = Snapshot(self._store, live)
-            pending._trace.add_since_start("committed")
+            with _raising(SaveError, f"step {pending.step}"):
+                if before is not None:
+                    before.join()
+                if attempt is None:
+                    attempt = self._saves.agree(pending.step, staging, pending._trace)
+                written: Any
+                try:
+                    pool = self._pool(attempt.agreed, staging.devices)
+                    written = self._saves.write(attempt, staging, pool, pending._trace, lambda: pending._mark("staged"))
+                    pending._mark("written")
+                except Exception as error:
+                    written = error
+                pending._staged.set()
+                staging.release()
+                live = self._saves.commit(attempt, written, staging.values, labels, pending._trace)
+                pending._snapshot = Snapshot(self._store, live)
+                pending._trace.add_since_start("committed")
         except BaseException as error:
             self._steps.discard(pending.step)
             self._failed.append(pending)
@@ -365,7 +300,7 @@ class Checkpointer:
         """Once a job: removes what dead attempts of earlier jobs left behind."""
         try:
             self._saves.clean()
-        except FastckptError as error:  # harmless, and the next job tries again
+        except (FastckptError, MemoryError) as error:  # harmless, and the next job tries again
             log.warning("%s: could not remove what earlier attempts left behind: %s", self.url, error)
 
     def _hold_step(self) -> None:
@@ -435,8 +370,9 @@ class Checkpointer:
         self._check_open()
         self._restored = None
         trace = self._new_trace()
-        with trace.span("restore"):
+        with _raising(RestoreError, self.url), trace.span("restore"):
             snapshot = self._restore(trace, state, step, only, rename, missing, cast, policy)
+        trace.end()
         if snapshot is None:
             return None
         self._restored = Snapshot(self._store, snapshot.live, trace)  # without the metadata that was read
@@ -445,7 +381,7 @@ class Checkpointer:
     @property
     def restored(self) -> Snapshot | None:
         """What the last ``restore`` restored; None before, if it found none, or if it failed. Its ``counters`` and
-        ``timeline()`` tell of that restore on this rank."""
+        ``timeline()`` tell of that restore on this rank, and not of what is read through it later."""
         return self._restored
 
     def _restore(
@@ -460,12 +396,15 @@ class Checkpointer:
         policy: str,
     ) -> Snapshot | None:
         self._join()
+        request: Request | None = None
         problem: Exception | None = None
         try:
-            asked, selection = self._asked(state, step, only, rename, missing, policy)
-        except (TypeError, ValueError) as error:
-            problem, asked, selection = error, None, Selection()
-        names = [] if asked is None else asked.names
+            if step is not None:
+                step = _checked_step(step)
+            request = checked_request(state, only, rename, missing, cast, policy)
+        except Exception as error:  # whatever it is, the others must hear of it
+            problem = error
+        names, selection = ([], Selection()) if request is None else (request.names, request.selection)
         before: int | None = None
         damage: SnapshotDamaged | None = None
         while True:
@@ -484,7 +423,8 @@ class Checkpointer:
                     log.warning("no snapshot in %s, starting at 1", self.url)
                 return None
             try:
-                self._restore_from(snapshot, state, selection, asked, missing == "keep", cast)
+                assert request is not None, "a problem is raised by choosing"
+                self._restore_from(snapshot, request)
             except SnapshotDamaged as error:
                 if policy == "strict":
                     raise
@@ -499,73 +439,13 @@ class Checkpointer:
                 self._log_drift(snapshot, state)
             return snapshot
 
-    @staticmethod
-    def _asked(
-        state: object, step: object, only: Sequence[str], rename: Mapping[str, str] | None, missing: str, policy: str
-    ) -> tuple[Asked | None, Selection]:
-        """What a restore asks for: what the snapshot must have something for, None if nothing, and the selection."""
-        if not isinstance(state, dict):
-            raise TypeError(f"the state is a dict of names, such as {{'model': model}}, not a {type(state).__name__}")
-        if step is not None:
-            _checked_step(step)
-        if rename is not None and not isinstance(rename, Mapping):
-            raise TypeError(f"rename={rename!r} is not a mapping of prefixes to prefixes")
-        if missing not in ("raise", "keep") or policy not in ("strict", "previous"):
-            raise ValueError(
-                f"missing={missing!r}, policy={policy!r}: missing is 'raise' or 'keep', policy 'strict' or 'previous'"
-            )
-        if missing == "keep" and policy == "previous":
-            raise ValueError(
-                "missing='keep' with policy='previous' could keep what was restored from a snapshot that proved to be "
-                "damaged; restore with policy='strict', and pass the step to go back to"
-            )
-        if isinstance(only, str):
-            raise TypeError(f"only={only!r} is a list of globs, not a string")
-        selection = Selection(only, rename)
-        return None if missing == "keep" else ask(state, selection), selection
-
-    def _restore_from(
-        self,
-        snapshot: Snapshot,
-        state: dict[str, Any],
-        selection: Selection,
-        asked: Asked | None,
-        keep_missing: bool,
-        cast: bool,
-    ) -> None:
+    def _restore_from(self, snapshot: Snapshot, request: Request) -> None:
+        rank, size = self._group.rank, self._group.size
         with snapshot.trace.span("plan"):
-            targets = self._restores.all_fit(
-                snapshot, selection, lambda: self._targets(snapshot, state, selection, asked, keep_missing, cast)
-            )
+            targets = self._restores.all_fit(snapshot, request.selection, lambda: request.targets(snapshot, rank, size))
         self._broken = RestoreError("a restore did not finish: part of the state holds new values, part old ones")
         self._restores.all_read(lambda: self._read(snapshot, targets))
         self._broken = None
-
-    def _targets(
-        self,
-        snapshot: Snapshot,
-        state: dict[str, Any],
-        selection: Selection,
-        asked: Asked | None,
-        keep_missing: bool,
-        cast: bool,
-    ) -> tuple[Targets, Fit]:
-        asked = asked or ask(state, selection)
-        rank, size = self._group.rank, self._group.size
-        catalog = Catalog(snapshot.layout, rank, size, selection)
-        found = restore_flow.values_of(snapshot, rank, size, selection)
-        # What is at the top is this rank's own, or missing; below are what modules say of themselves.
-        below = {name for name in asked.names if name not in state}
-        found |= restore_flow.values_elsewhere(snapshot, below - {*found, *catalog.tensors}, size, selection)
-        values = {
-            name: RestoredValue(saved, exact, snapshot.world_size, saved_name)
-            for name, (saved, exact, saved_name) in found.items()
-        }
-        targets = find_targets(
-            state, catalog, values, selection, asked, keep_missing=keep_missing, cast=cast, rank=rank
-        )
-        assert targets.fit is not None
-        return targets, targets.fit
 
     def _read(self, snapshot: Snapshot, targets: Targets) -> None:
         with self._restores.reading(snapshot, targets.wants) as read_into:
@@ -588,9 +468,12 @@ class Checkpointer:
         return repository.Repository(self._store).snapshots() if repository.exists(self._store) else []
 
     def close(self, timeout: float | None = None) -> None:
-        """Waits for the last commit and raises what it failed with. May be called again. ``TimeoutError`` after
-        ``timeout`` seconds; the save then goes on behind."""
+        """Waits for the last commit and raises what it failed with, or an earlier one that nobody has been told of; of
+        several failures the oldest, with the others in its ``__notes__``. May be called again. ``TimeoutError`` after
+        ``timeout`` seconds; the save then goes on behind. In a forked child it waits for nothing."""
         self._closed = True
+        if self._process != os.getpid():
+            return  # the save, its threads and what it fails with are the parent's
         for callback in list(self._callbacks):
             callback.close()
         if self._pending is not None and not self._pending._finished.wait(timeout):
@@ -618,7 +501,9 @@ class Checkpointer:
         try:
             self.close(CLOSE_SECONDS_AFTER_ERROR)
         except Exception as second:  # the first error is what the user must see; this one comes with it
-            error.add_note(f"fastckpt: the last save did not get through either: {type(second).__name__}: {second}")
+            notes = getattr(second, "__notes__", ())
+            for note in (f"fastckpt: the last save did not get through either: {_line(second)}", *notes):
+                error.add_note(note)
 
     def _release(self) -> None:
         """Lets go of the copies of what was saved, once nothing is read any more."""
@@ -628,6 +513,8 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise SaveError(f"{self.url}: this Checkpointer is closed; make a new one")
+        if self._process != os.getpid():
+            raise SaveError(f"{self.url}: this Checkpointer is of the process that forked this one; make a new one")
 
     def _check_whole(self) -> None:
         if self._broken is not None:
@@ -636,18 +523,24 @@ class Checkpointer:
             ) from self._broken
 
     def _raise_earlier(self, than: Pending | None = None) -> None:
-        """Raises what a save (one before ``than``) failed with, unless its ``wait`` already did: each failure once,
-        oldest first."""
-        for pending in [failed for failed in self._failed if failed is not than]:
+        """Raises what saves (those before ``than``) failed with, unless their ``wait`` already did: each failure once;
+        of several the oldest, with the others in its notes."""
+        errors: list[BaseException] = []
+        # One that is about to be done has no error yet, and stays for the next call.
+        for pending in [failed for failed in self._failed if failed is not than and failed.done]:
             self._failed.remove(pending)
             if not pending._raised and pending.error is not None:
                 pending._raised = True
-                raise pending.error
+                errors.append(pending.error)
+                if len(errors) > 1:
+                    errors[0].add_note(f"fastckpt: step {pending.step} was not saved either: {_line(pending.error)}")
+        if errors:
+            raise errors[0]
 
     def _join(self) -> None:
-        self._is_wanted.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._is_wanted = True
+        if self._work is not None and os.getpid() == self._process:  # a forked child has not the threads that do it
+            self._work.join()
 
     def _wait_at_exit(self) -> None:
         if self._process != os.getpid():
@@ -659,6 +552,22 @@ class Checkpointer:
         for failed in self._failed:
             if not failed._raised:
                 log.error("%s: step %d was not saved: %s", self.url, failed.step, failed.error)
+
+
+@contextlib.contextmanager
+def _raising(kind: type[FastckptError], what: str) -> Iterator[None]:
+    """Raises errors of other kinds than ours and wrong arguments' as ``kind``, on the rank that failed as on others."""
+    try:
+        yield
+    except Exception as error:
+        told = as_told(error)
+        if type(told) is not FastckptError:
+            raise
+        raise kind(f"{what}: {told}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _checked_metric(name: object, number: object) -> float:
@@ -673,7 +582,10 @@ def _checked_metric(name: object, number: object) -> float:
 def _checked_step(step: object) -> int:
     if isinstance(step, bool) or not isinstance(step, SupportsIndex):
         raise TypeError(f"step is a number of training steps, not {step!r}")
-    return operator.index(step)
+    number = operator.index(step)
+    if not 0 <= number <= STEP_MAX:
+        raise ValueError(f"step {number} is not between 0 and 2**53")
+    return number
 
 
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

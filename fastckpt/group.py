@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import msgspec
 
 from fastckpt import errors
-from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SaveError, SnapshotDamaged
+from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SnapshotDamaged
 
 log = logging.getLogger("fastckpt")
 
@@ -53,9 +53,9 @@ class Group(Protocol):
         """Posts ``reply`` under ``name``, which the members use once; returns what the leader's ``decide`` returned.
 
         ``members`` is sorted and holds this rank; the first is the leader, on which ``decide`` gets every member's
-        reply by rank. What ``decide`` raises is raised on all members. The leader waits until ``until.replies`` and
-        then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that has no answer by
-        ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
+        reply by rank. What ``decide`` raises is raised on all members, as ``as_told`` has it. The leader waits until
+        ``until.replies`` and then hands ``decide`` a ``CommitTimeout`` in place of each missing reply; a member that
+        has no answer by ``until.answer`` raises ``CommitTimeout``. ``what`` says in errors what was being waited for.
         """
 
     def post(self, name: str, data: bytes) -> None:
@@ -158,7 +158,7 @@ class KeyValueGroup:
         try:
             outcome = decide(replies)
         except Exception as error:
-            outcome = error
+            outcome = as_told(error)
         data = encode_reply(outcome)
         for member in members[1:]:
             if time.monotonic() >= until.replies:
@@ -190,6 +190,10 @@ def _number_nodes(identities: Mapping[int, bytes]) -> list[int]:
     return [numbers.setdefault(identities[rank], len(numbers)) for rank in sorted(identities)]
 
 
+class PeerGaveUp(CommitTimeout):
+    """Another rank of the node has failed, and tells all ranks itself why."""
+
+
 def missing_ranks_error(ranks: Sequence[int], what: str) -> CommitTimeout:
     """For ranks that were not heard of in time."""
     return CommitTimeout(f"{_ranks(ranks)} not heard of while waiting for {what} (missing: {_ranks(ranks)})", ranks)
@@ -215,9 +219,13 @@ def combined(failures: Mapping[int, BaseException]) -> FastckptError:
     failed: dict[int, BaseException] = {}
     for rank, error in real.items():
         failed.update(error.failures if isinstance(error, RankFailed) and error.failures else {rank: error})
-    text = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, error in sorted(failed.items())[:8])
+    text = "; ".join(f"rank {rank}: {_named(error)}" for rank, error in sorted(failed.items())[:8])
     more = f"; and {len(failed) - 8} more" if len(failed) > 8 else ""
     return RankFailed(f"{_ranks(sorted(failed))} failed: {text}{more}", failed)
+
+
+def _named(error: BaseException) -> str:
+    return str(error) if type(error) is FastckptError else f"{type(error).__name__}: {error}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -353,4 +361,14 @@ def _rebuilt(name: str, message: str) -> BaseException:
     )
     if isinstance(kind, type) and issubclass(kind, FastckptError | ValueError | TypeError):
         return kind(message)
-    return SaveError(f"{name}: {message}")
+    return FastckptError(f"{name}: {message}")
+
+
+def as_told(error: BaseException) -> BaseException:
+    """An error as other ranks are told it. Of what is neither ours nor an argument's they get the name, in a
+    ``FastckptError``: which kind that is for the user, whoever asked them something knows."""
+    if isinstance(error, FastckptError | ValueError | TypeError):
+        return error
+    told = FastckptError(f"{type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told

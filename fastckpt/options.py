@@ -27,6 +27,11 @@ class Options:
     staging_bytes_max: int | None = None
     """Host memory for staging, in bytes. None: the smaller of this rank's share of the snapshot and a quarter of the
     available memory divided by the ranks of the node. Smaller budgets stream, which holds the fence longer."""
+    writers: int | None = None
+    """Ranks that write what several ranks hold, of each set of ranks that holds the same, at most. None: as many as
+    make the save faster."""
+    streams: int | None = None
+    """Threads of a rank that write, each into packs of its own. None: four."""
     copy: tuple[str, ...] = ()
     """Globs of keys to copy before ``save`` returns: tensors that something other than ``Optimizer.step`` changes."""
     commit_seconds_max: float = 600.0
@@ -46,8 +51,10 @@ class Options:
         for name in ("fence_seconds_max", "commit_seconds_max"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Options.{name}={getattr(self, name)} is not positive")
-        if self.staging_bytes_max is not None and self.staging_bytes_max <= 0:
-            raise ValueError(f"Options.staging_bytes_max={self.staging_bytes_max} is not positive")
+        for name in ("staging_bytes_max", "writers", "streams"):
+            number = getattr(self, name)
+            if number is not None and number <= 0:
+                raise ValueError(f"Options.{name}={number} is not positive")
         globs: object = self.copy  # a bare string is the likely mistake, and is itself made of strings
         if not isinstance(globs, tuple | list) or not all(isinstance(glob, str) for glob in globs):
             raise ValueError(f"Options.copy={self.copy!r} is not a tuple of globs")

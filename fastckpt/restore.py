@@ -19,11 +19,11 @@ import msgspec
 from fastckpt.buffers import Sink
 from fastckpt.errors import CommitTimeout, RankFailed, RestoreError, SnapshotDamaged, StateMismatch
 from fastckpt.format.decision import Live
-from fastckpt.group import Assembly, Group, Reply
+from fastckpt.group import Assembly, Group, PeerGaveUp, Reply
 from fastckpt.plan.restore_plan import Fit, Selection, Want, misfits
 from fastckpt.repository import repository
 from fastckpt.repository.reader import Snapshot
-from fastckpt.repository.relay import PeerGaveUp, relayed
+from fastckpt.repository.relay import relayed
 from fastckpt.storage.store import Store
 from fastckpt.trace import Trace
 
@@ -62,11 +62,15 @@ class Restores:
         ``Repository.choose``. ``problem``: what keeps this rank from restoring, for all to raise. ``trace``: where
         reading the snapshot is recorded."""
 
+        found: Snapshot | None = None
+
         def decide(replies: Mapping[int, bytes]) -> bytes:
+            nonlocal found
             if len(set(replies.values())) > 1:
-                asked = [f"rank {rank}: {msgspec.msgpack.decode(reply)}" for rank, reply in sorted(replies.items())[:8]]
+                each = [f"rank {rank}: {reply.decode()}" for rank, reply in sorted(replies.items())[:8]]
                 raise ValueError(
-                    f"ranks ask for different steps: {', '.join(asked)}; every rank asks for the same step, or for none"
+                    f"ranks ask for different steps: {'; '.join(each)}. Every rank asks for the same step, or for "
+                    "none, and by the same policy"
                 )
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
@@ -76,12 +80,17 @@ class Restores:
             return msgspec.msgpack.encode(None if found is None else found.live)
 
         self._count += 1
+        asked = f"{step}, or an earlier one" if or_earlier else str(step)
         try:
-            answer = self._ask("choose", problem or msgspec.msgpack.encode(step), decide, self._seconds_max)
+            answer = self._ask("choose", problem or asked.encode(), decide, self._seconds_max)
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
         live = msgspec.msgpack.decode(answer, type=Live | None)
-        return None if live is None else Snapshot(self._store, live, trace)
+        if live is None:
+            return None
+        snapshot = found or Snapshot(self._store, live)  # the coordinator has read some of it already
+        snapshot.trace = trace or snapshot.trace
+        return snapshot
 
     def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:
         """What ``find`` finds to do on each rank, and how the snapshot fits there; ``StateMismatch`` on every rank if,

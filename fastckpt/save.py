@@ -1,7 +1,6 @@
 """The save flow. Read this first.
 
-    agree    the ranks agree on the attempt, the layout, and that what they take to be equal is equal; what ranks have
-             alike is said once a node, by its digest, and once in the job in full
+    agree    the ranks agree on the attempt, the layout, and that what they take to be equal is equal (``agreement``)
     write    tensor -> pool buffer -> hash -> codec -> pack, chunk by chunk, in a bounded pool
     commit   each node's part, then the index, then the decision; or, on every rank, the error that prevented it
 
@@ -11,119 +10,49 @@ the caller's own the first time and when the layout changes, behind the training
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import msgspec
+import numpy as np
 
+from fastckpt.agreement import Agreed, Agreements, Attempt, Offered
 from fastckpt.buffers import Pool, Source
 from fastckpt.errors import (
     AnotherWriter,
     CommitTimeout,
     FastckptError,
-    LimitExceeded,
     OutOfSpace,
     RankFailed,
     RepositoryNotFound,
     SaveError,
     StorageError,
 )
-from fastckpt.format import document
-from fastckpt.format.chunk import CHUNK_BYTES_MAX, chunk_hash
-from fastckpt.format.decision import COMPACT, Format, Live
-from fastckpt.format.shard import Box
-from fastckpt.format.tables import Chunks, Layout, PartInfo, Piece, RankTable, ValueKind, decode_layout
-from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, checked, combined
+from fastckpt.format.chunk import chunk_hash
+from fastckpt.format.decision import Live
+from fastckpt.format.tables import Layout, PartInfo, Piece, RankTable, ValueKind
+from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, as_told, checked, combined
 from fastckpt.options import Options
-from fastckpt.plan.alike import by_rank, each, merged
-from fastckpt.plan.save_plan import (
-    AUTO_CHUNKS_MAX,
-    Agreement,
-    Comparison,
-    RankOffer,
-    auto_chunk_bytes,
-    keys_to_digest,
-    offered_bytes,
-    plan_save,
-    planned_chunks,
-)
+from fastckpt.plan.rates import encode_rate
 from fastckpt.plan.value_kinds import Differences, find_differences, value_kinds
 from fastckpt.repository import pull, repository
 from fastckpt.repository.pull import Pull
-from fastckpt.repository.writer import ChunkWriter, Committer, Contents, outcome, write_part
+from fastckpt.repository.writer import ChunkWriter, Contents, outcome, write_part
 from fastckpt.storage.deadline import Callers, NoAnswer
 from fastckpt.storage.store import Store
+from fastckpt.topology.offer import RankPath
+from fastckpt.topology.topology import Topology
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
 
 STREAMS = 4
-"""Threads a rank that hash and write, each into packs of its own."""
+"""Threads a rank that hash and write, each into packs of its own, unless options say otherwise."""
 OUTCOME_SECONDS_MIN = 2.0
 """For reading the history after a failure, even if the time for the save is over."""
-
-
-class Offered(Protocol):
-    """What a rank has to save, as the job describes it."""
-
-    offer: RankOffer
-    digest: bytes
-    """Of ``offer``: tells whether the layout may have changed."""
-    values: Mapping[str, bytes]
-    """Encoded per-rank values by name."""
-
-    def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
-        """For each of these keys held here, a digest of sampled content, or of all of it."""
-
-    def source(self, key: str, box: Box) -> Source:
-        """The bytes of a box this rank offered."""
-
-    def check_unchanged(self) -> None:
-        """Called once everything has been read; raises if what was read may not be what the state was."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """A layout the ranks have agreed on."""
-
-    digest: str
-    data: bytes
-    """The layout object."""
-    chunks: Chunks
-    comparisons: tuple[Comparison, ...]
-    mine: tuple[tuple[int, tuple[Piece, ...]], ...]
-    """What this rank writes: for each row of its table the pieces of the chunk."""
-
-    @property
-    def layout(self) -> Layout:
-        return self.chunks.layout
-
-    @functools.cached_property
-    def sizes(self) -> list[int]:
-        """Raw bytes of this rank's chunks, by row."""
-        return [self.chunks.raw_bytes(pieces) for _, pieces in self.mine]
-
-    def pool_bytes(self, budget_bytes: int | None = None) -> int:
-        """The staging memory that this rank makes use of, within a budget, which must do for one chunk."""
-        least, most = pull.slot_bytes(max(self.sizes, default=1)), pull.pool_bytes(self.sizes, STREAMS)
-        return most if budget_bytes is None else max(least, min(budget_bytes, most))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One try at saving one step, from agreement on."""
-
-    id: str
-    step: int
-    agreed: Agreed
-    values: tuple[tuple[str, bytes], ...]
-    """Names and digests of the coordinator's values: equal ones are stored once, by its node."""
-    format_digest: str
-    """Of the FORMAT object as the coordinator sees it."""
 
 
 @dataclass(kw_only=True)
@@ -135,31 +64,6 @@ class Labels:
     note: str = ""
 
 
-class _Hello(msgspec.Struct, array_like=True, frozen=True):
-    step: int
-    terms: bytes
-    """Digest of what this rank offers, and of the layout it would go on with; it may have missed the answer that
-    brought a newer one."""
-    compared: dict[int, bytes]
-    """For each comparison this rank takes part in, a digest over its keys."""
-
-
-class _Asked(msgspec.Struct, array_like=True, frozen=True):
-    """What the coordinator answers to offers."""
-
-    keys: list[str]
-    """Digests of the content of these are needed first; none if there is an answer."""
-    answer: bytes
-
-
-class _Go(msgspec.Struct, array_like=True, frozen=True):
-    attempt: str
-    agreement: Agreement | None
-    values: list[tuple[str, bytes]]
-    """The coordinator's, by name, with their digests."""
-    format_digest: str
-
-
 class _Written(msgspec.Struct, array_like=True, frozen=True):
     attempt: str
     layout: str
@@ -167,14 +71,8 @@ class _Written(msgspec.Struct, array_like=True, frozen=True):
     blobs: list[bytes]
     tensor_bytes: int
     stored_bytes: int
-
-
-class _Grid(NamedTuple):
-    """What of a repository a layout depends on."""
-
-    chunk_bytes: int
-    compact: bool
-    """Whether its readers know families and kinds of values."""
+    rate: int
+    """How fast, as ``encode_rate`` has it."""
 
 
 class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
@@ -187,251 +85,49 @@ class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
     layout: bytes
     """The first half of its digest: enough to tell layouts of one job apart."""
     values: Differences
+    rates: bytes
+    """Of the node's ranks, ascending: uint16, little-endian."""
 
 
 class Saves:
     """The saves of one rank to one repository. Calls come one after another, from any thread."""
 
-    def __init__(self, store: Store, group: Group, options: Options) -> None:
+    def __init__(
+        self, store: Store, group: Group, options: Options, topology: Topology | RankPath | None = None
+    ) -> None:
+        """``topology``: what this rank was given of it, or knows of its own way to the storage."""
         self._store = store
         self._assembly = Assembly(group)
         self._rank = group.rank
         self._nodes = group.nodes
         self._options = options
-        self._count = 0
+        self._agreements = Agreements(store, self._assembly, options, topology, options.streams or STREAMS)
         self._callers = Callers("fastckpt-outcome")
-        self._offered = b""
-        self._agreed: Agreed | None = None
         self._writer: ChunkWriter | None = None
+        self._rate = 0
+        """How fast this rank wrote last, as ``encode_rate`` has it."""
         # Of attempts that failed, whose packs could not be deleted yet: the store failed, or the history did not tell.
         # What is still there at the end goes with the next job's cleaning.
         self._discarded: list[ChunkWriter] = []
-        # The coordinator's side.
-        self._committer: Committer | None = None
-        self._grid: _Grid | None = None
-        self._planned = _Grid(0, True)
-        self._offers: dict[int, bytes] = {}
 
     def expects(self, offered: Offered) -> bool:
         """Whether this rank offers what it offered last time, so that the layout agreed on may still hold."""
-        return self._agreed is not None and offered.digest == self._offered
+        return self._agreements.expects(offered)
 
     def agree(self, step: int, offered: Offered | BaseException, trace: Trace) -> Attempt:
-        """Agrees with all ranks on the attempt. An error in place of the offer makes every rank raise.
-
-        ``ValueError`` if ranks hold different things under one key or save different steps.
-        """
-        with trace.span("agree"):
-            return self._agree(step, offered, trace)
-
-    def _agree(self, step: int, offered: Offered | BaseException, trace: Trace) -> Attempt:
-        self._count += 1
+        """As ``Agreements.agree``."""
         self._writer = None
-        mine = {} if isinstance(offered, BaseException) else offered.values
-        values = [(name, chunk_hash(mine[name])) for name in sorted(mine)]
-        answer = self._ask("hello", offered, self._hello(step), lambda replies: self._on_hello(replies, values))
-        assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
-        if not answer:
-            answer = self._settle(offered, lambda offers, digests: self._on_offers(offers, digests, values, trace))
-        go = msgspec.msgpack.decode(answer, type=_Go)
-        if go.agreement is not None:
-            self._agreed = _agreed(go.agreement, self._rank)
-            self._offered = offered.digest
-        assert self._agreed is not None
-        return Attempt(
-            id=go.attempt, step=step, agreed=self._agreed, values=tuple(go.values), format_digest=go.format_digest
-        )
+        return self._agreements.agree(step, offered, trace)
 
     def prepare(self, offered: Offered | BaseException) -> Agreed:
-        """Agrees with all ranks on the layout alone, for the saves to come. Writes nothing. An error in place of the
-        offer makes every rank raise."""
-        self._count += 1
-        answer = self._settle(offered, self._on_prepare)
-        assert not isinstance(offered, BaseException), "an error in place of the offer is raised by asking"
-        self._agreed = _agreed(msgspec.msgpack.decode(answer, type=Agreement), self._rank)
-        self._offered = offered.digest
-        return self._agreed
-
-    def _ask(
-        self,
-        name: str,
-        offered: Offered | BaseException,
-        reply: Callable[[Offered], bytes],
-        decide: Callable[[dict[int, bytes]], bytes],
-    ) -> bytes:
-        """One exchange of all ranks: ``decide`` sees the replies by rank, equal ones as one object. What keeps this
-        rank from replying is told to the others and raised here."""
-        posted: Reply
-        try:
-            posted = offered if isinstance(offered, BaseException) else reply(offered)
-        except Exception as error:
-            posted = error
-        try:
-            return self._assembly.ask_in_two(
-                f"save-{self._count}/{name}",
-                posted,
-                lambda replies: merged(checked(replies)),
-                lambda lines: decide(by_rank(checked(lines).values())),
-                self._options.commit_seconds_max,
-                "all ranks to call save",
-            )
-        except FastckptError:
-            if isinstance(posted, BaseException):
-                raise posted from None
-            raise
-
-    def _collect(
-        self,
-        name: str,
-        offered: Offered | BaseException,
-        content: Callable[[Offered], bytes],
-        decide: Callable[[dict[int, bytes]], bytes],
-    ) -> bytes:
-        """What every rank has to say, at the coordinator: each says a digest of it, and one of those with equal ones
-        says it in full. ``decide`` sees the contents by rank, equal ones as one object."""
-        said: dict[int, bytes] = {}
-        mine = b""
-
-        def digest(offered: Offered) -> bytes:
-            nonlocal mine
-            mine = content(offered)
-            return chunk_hash(mine)
-
-        def on_digests(replies: dict[int, bytes]) -> bytes:
-            said.update(replies)
-            speakers = {digest: rank for rank, digest in sorted(replies.items(), reverse=True)}
-            return msgspec.msgpack.encode(sorted(speakers.values()))
-
-        def on_contents(replies: dict[int, bytes]) -> bytes:
-            in_full = {said[rank]: data for rank, data in replies.items() if data}
-            return decide({rank: in_full[digest] for rank, digest in said.items()})
-
-        answer = self._ask(f"{name}-digests", offered, digest, on_digests)
-        speaks = self._rank in msgspec.msgpack.decode(answer, type=list[int])
-        return self._ask(name, offered, lambda _: mine if speaks else b"", on_contents)
-
-    def _settle(
-        self,
-        offered: Offered | BaseException,
-        decide: Callable[[dict[int, RankOffer], dict[int, dict[str, bytes]]], bytes],
-    ) -> bytes:
-        """Gathers what all ranks offer, and then the digests of what must be compared: ``decide`` sees both by rank,
-        equal ones as one object."""
-        offers: dict[int, RankOffer] = {}
-
-        def on_offers(replies: dict[int, bytes]) -> bytes:
-            self._offers = each(replies, chunk_hash)
-            offers.update(each(replies, msgspec.msgpack.Decoder(RankOffer).decode))
-            keys = keys_to_digest(offers, len(self._nodes))
-            return msgspec.msgpack.encode(_Asked(keys, b"" if keys else decide(offers, {})))
-
-        def on_digests(replies: dict[int, bytes]) -> bytes:
-            return decide(offers, each(replies, msgspec.msgpack.Decoder(dict[str, bytes]).decode))
-
-        data = self._collect("offers", offered, lambda offered: msgspec.msgpack.encode(offered.offer), on_offers)
-        asked = msgspec.msgpack.decode(data, type=_Asked)
-        if not asked.keys:
-            return asked.answer
-        return self._collect(
-            "content",
-            offered,
-            lambda offered: msgspec.msgpack.encode(offered.sampled(asked.keys, whole=True)),
-            on_digests,
-        )
-
-    def _hello(self, step: int) -> Callable[[Offered], bytes]:
-        layout = self._agreed.digest if self._agreed is not None else ""
-        return lambda offered: msgspec.msgpack.encode(
-            _Hello(step, _terms(offered.digest, layout), self._compared(offered))
-        )
-
-    def _compared(self, offered: Offered) -> dict[int, bytes]:
-        if not self.expects(offered) or self._agreed is None:
-            return {}
-        digests: dict[int, bytes] = {}
-        for number, comparison in enumerate(self._agreed.comparisons):
-            if comparison.has(self._rank):
-                sampled = offered.sampled(comparison.keys)
-                digests[number] = chunk_hash(b"".join(sampled[key] for key in comparison.keys))
-        return digests
-
-    def _on_hello(self, replies: dict[int, bytes], values: list[tuple[str, bytes]]) -> bytes:
-        """Coordinator: goes ahead if everything is as it was; an empty answer asks everyone for the whole offer."""
-        hellos = each(replies, msgspec.msgpack.Decoder(_Hello).decode)
-        different = {id(hello): hello for hello in hellos.values()}.values()
-        if len({hello.step for hello in different}) > 1:
-            steps = ", ".join(f"rank {rank}: {hello.step}" for rank, hello in sorted(hellos.items())[:8])
-            raise ValueError(f"ranks save different steps at the same time: {steps}; every rank saves the same step")
-        unchanged = self._agreed is not None and hellos.keys() == self._offers.keys()
-        if self._agreed is not None and unchanged:
-            layout = self._agreed.digest
-            terms = {digest: _terms(digest, layout) for digest in set(self._offers.values())}
-            unchanged = all(hello.terms == terms[self._offers[rank]] for rank, hello in hellos.items())
-        for number in range(len(self._agreed.comparisons) if self._agreed else 0):
-            unchanged = unchanged and len({h.compared[number] for h in different if number in h.compared}) <= 1
-        if not unchanged or self._agreed is None:
-            return b""
-        if self._committer is None and self._open(self._planned) != self._planned:
-            return b""  # the repository was made meanwhile, with a grid of its own
-        return self._go(None, values)
-
-    def _on_offers(
-        self,
-        offers: dict[int, RankOffer],
-        digests: dict[int, dict[str, bytes]],
-        values: list[tuple[str, bytes]],
-        trace: Trace,
-    ) -> bytes:
-        """Coordinator: plans, and opens the repository for writing if this is the first save."""
-        with trace.span("plan"):
-            agreement = self._plan(offers, digests)  # refuses before anything is made
-        if self._committer is None and self._open(self._planned) != self._planned:
-            with trace.span("plan"):
-                agreement = self._plan(offers, digests)
-        return self._go(agreement, values)
-
-    def _on_prepare(self, offers: dict[int, RankOffer], digests: dict[int, dict[str, bytes]]) -> bytes:
-        if self._grid is None and repository.exists(self._store):
-            self._grid = _grid_of(repository.Repository(self._store).format)
-        return msgspec.msgpack.encode(self._plan(offers, digests))
-
-    def _plan(self, offers: dict[int, RankOffer], digests: dict[int, dict[str, bytes]]) -> Agreement:
-        """Coordinator: the layout of what ranks offer, on the repository's grid, or one that suits it."""
-        grid, is_free = self._grid, self._grid is None and not self._options.chunk_bytes
-        if grid is None:
-            grid = _Grid(self._options.chunk_bytes or auto_chunk_bytes(offered_bytes(offers)), True)
-        while True:
-            is_free = is_free and grid.chunk_bytes < CHUNK_BYTES_MAX
-            try:
-                layout, comparisons = plan_save(offers, digests, self._nodes, grid.chunk_bytes, families=grid.compact)
-            except LimitExceeded:
-                if not is_free:
-                    raise
-            else:
-                if not is_free or planned_chunks(layout) <= AUTO_CHUNKS_MAX:
-                    self._planned = grid
-                    return Agreement(document.pack_table(layout), comparisons)
-            # Shards are too small for so many: in larger chunks more of them are bundled.
-            grid = grid._replace(chunk_bytes=2 * grid.chunk_bytes)
-
-    def _open(self, planned: _Grid) -> _Grid:
-        """Coordinator: opens the repository for writing, made with this grid if there is none. Returns its grid."""
-        made = repository.create(self._store, planned.chunk_bytes)
-        committer = Committer(self._store, made.format_digest)
-        committer.open()
-        self._committer, self._grid = committer, _grid_of(made.format)
-        return self._grid
-
-    def _go(self, agreement: Agreement | None, values: list[tuple[str, bytes]]) -> bytes:
-        assert self._committer is not None
-        return msgspec.msgpack.encode(
-            _Go(self._committer.next_attempt(), agreement, values, self._committer.format_digest)
-        )
+        """As ``Agreements.prepare``."""
+        return self._agreements.prepare(offered)
 
     def clean(self) -> None:
         """Coordinator: removes what dead attempts of earlier jobs left behind. Elsewhere, nothing."""
-        if self._committer is not None:
-            deleted = self._committer.clean()
+        committer = self._agreements.committer
+        if committer is not None:
+            deleted = committer.clean()
             if deleted:
                 log.info("%s: removed %d things that earlier jobs left unfinished", self._store.url, deleted)
 
@@ -449,9 +145,17 @@ class Saves:
                 shard: offered.source(layout.keys[layout.shard_key(shard)], layout.box(shard))
                 for shard in sorted(shards)
             }
-            streams = pull.streams_of(agreed.sizes, STREAMS, pool)
-            codec = self._options.codec
-            self._writer = ChunkWriter(self._store, attempt.id, self._rank, agreed.sizes, codec, trace, streams)
+            streams = pull.streams_of(agreed.sizes, agreed.streams_max, pool)
+            self._writer = ChunkWriter(
+                self._store,
+                attempt.id,
+                self._rank,
+                agreed.sizes,
+                self._options.codec,
+                trace,
+                streams,
+                pull.batch_bytes_of(streams, pool),
+            )
             flow = Pull(
                 self._writer,
                 pool,
@@ -464,7 +168,9 @@ class Saves:
         except BaseException:
             on_staged()
             raise
+        self._began = time.monotonic()
         flow.run(self._store)
+        self._rate = encode_rate(self._writer.stored_bytes, time.monotonic() - self._began)
         return self._writer
 
     def _begin(self, attempt: Attempt) -> None:
@@ -512,7 +218,7 @@ class Saves:
         try:
             with trace.span("commit"):
                 answer = self._assembly.ask_in_two(
-                    f"save-{self._count}/commit",
+                    f"save-{attempt.number}/commit",
                     reply,
                     lambda replies: self._on_written(attempt, replies, trace),
                     lambda lines: self._on_lines(attempt, lines, labels, trace),
@@ -532,7 +238,8 @@ class Saves:
                 raise (error if isinstance(error, RankFailed) else combined({self._rank: written})) from written
             if len(self._nodes) == 1 and isinstance(error, RankFailed) and error.failures:
                 raise error.failures[0] from None
-            raise
+            typed = _typed(error, attempt.step)
+            raise typed from typed.__cause__
 
     def _written(self, attempt: Attempt, written: ChunkWriter, values: Mapping[str, bytes]) -> _Written:
         digests = {name: chunk_hash(blob) for name, blob in values.items()}
@@ -548,6 +255,7 @@ class Saves:
             list(blobs.values()),
             mine_bytes,
             written.stored_bytes,
+            self._rate,
         )
 
     def _on_written(self, attempt: Attempt, replies: dict[int, Reply], trace: Trace) -> bytes:
@@ -571,16 +279,20 @@ class Saves:
         stored = sum(written.stored_bytes for written in ranks)
         differences = find_differences(attempt.values, [written.table.values for written in ranks])
         digest, layout = bytes.fromhex(part.digest), bytes.fromhex(attempt.agreed.digest[:32])
-        return msgspec.msgpack.encode(_NodeLine(part.node, digest, part.size, raw, stored, layout, differences))
+        rates = np.array([written.rate for written in ranks], "<u2").tobytes()
+        return msgspec.msgpack.encode(_NodeLine(part.node, digest, part.size, raw, stored, layout, differences, rates))
 
     def _on_lines(self, attempt: Attempt, lines: dict[int, Reply], labels: Labels, trace: Trace) -> bytes:
         """Coordinator: the commit. Whatever prevents it aborts the attempt."""
-        assert self._committer is not None
+        committer = self._agreements.committer
+        assert committer is not None
         try:
             parts = [msgspec.msgpack.decode(data, type=_NodeLine) for _, data in sorted(checked(lines).items())]
             if any(line.layout.hex() != attempt.agreed.digest[:32] for line in parts):
                 raise SaveError(f"step {attempt.step}: nodes wrote by different layouts")
-            live = self._committer.commit(
+            placement = self._learn_rates(parts)
+            trace.note("placement", placement)
+            live = committer.commit(
                 Contents(
                     attempt=attempt.id,
                     step=attempt.step,
@@ -589,7 +301,7 @@ class Saves:
                     bytes=sum(line.raw_bytes for line in parts),
                     stored_bytes=sum(line.stored_bytes for line in parts),
                     values=self._value_kinds(attempt, parts),
-                    environment=labels.environment,
+                    environment={**labels.environment, "placement": placement},
                     metrics=labels.metrics,
                     note=labels.note,
                 ),
@@ -597,16 +309,27 @@ class Saves:
             )
         except Exception as error:
             try:
-                self._committer.abort(attempt.id)
+                committer.abort(attempt.id)
             except FastckptError as second:
                 error.add_note(f"aborting the attempt failed too: {second}")
             raise
         return msgspec.msgpack.encode(live)
 
     def _value_kinds(self, attempt: Attempt, parts: Sequence[_NodeLine]) -> dict[str, ValueKind] | None:
-        if self._grid is None or not self._grid.compact:
+        if not self._agreements.is_compact:
             return None
         return value_kinds([name for name, _ in attempt.values], [line.values for line in parts])
+
+    def _learn_rates(self, parts: Sequence[_NodeLine]) -> dict[str, Any]:
+        """Takes in how fast the ranks wrote; returns how this save was planned."""
+        dealer = self._agreements.dealer
+        assert dealer is not None
+        rates = np.zeros(len(self._nodes), np.uint16)
+        # Lines are in the order of the nodes' numbers.
+        rates[np.argsort(self._nodes, kind="stable")] = np.frombuffer(b"".join(line.rates for line in parts), "<u2")
+        placement = dealer.outlook()
+        dealer.rates.add(rates)
+        return placement
 
     def _learn_outcome(self, attempt: Attempt, error: Exception, end: float, failed_here: bool) -> Live | None:
         """After a failure: what the history says counts. An aborted attempt's packs are deleted by who wrote them; to a
@@ -657,36 +380,12 @@ class Saves:
 
 def _typed(error: BaseException, step: int) -> BaseException:
     """What this rank raises for an error of its own: the kind of error that the others hear of."""
-    if isinstance(error, FastckptError | ValueError | TypeError):
-        return error
-    typed = SaveError(f"step {step}: {type(error).__name__}: {error}")
-    typed.__cause__ = error
+    told = as_told(error)
+    if type(told) is not FastckptError:
+        return told
+    typed = SaveError(f"step {step}: {told}")
+    typed.__cause__ = told.__cause__ or told
     return typed
-
-
-def _terms(offered: bytes, layout: str) -> bytes:
-    return chunk_hash(offered + layout.encode())
-
-
-def _grid_of(made: Format) -> _Grid:
-    return _Grid(made.chunk_bytes, COMPACT in made.features)
-
-
-def offer_digest(offer: RankOffer) -> bytes:
-    """What ``Offered.digest`` must be."""
-    return chunk_hash(msgspec.msgpack.encode(offer))
-
-
-def _agreed(agreement: Agreement, rank: int) -> Agreed:
-    digest = document.digest(agreement.layout)
-    chunks = decode_layout(agreement.layout, digest)
-    return Agreed(
-        digest=digest,
-        data=agreement.layout,
-        chunks=chunks,
-        comparisons=tuple(agreement.comparisons),
-        mine=tuple((chunk, tuple(pieces)) for chunk, pieces in chunks.of_rank(rank)),
-    )
 
 
 def _fill(view: memoryview, pieces: Sequence[Piece], sources: Mapping[int, Source], layout: Layout) -> None:

@@ -22,8 +22,8 @@ A save, from the call on; bytes are given where a stage moves some:
 A restore:
 
     restore    the call
-    choose       which snapshot
-    plan         what of it goes where; reading of its metadata
+    choose       which snapshot; the coordinator: reading of its metadata
+    plan         what of it goes where; the others: reading of its metadata
     read         storage to buffer; bytes as stored
     verify       bytes as stored, and where there is a codec once more as they were before it
     decode       bytes after decoding
@@ -37,7 +37,7 @@ import itertools
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,6 +47,8 @@ import numpy as np
 
 SPANS_MAX = 131_072
 """Kept of one trace, in 3.75 MiB. Beyond that the shorter half goes, and from then on what is shorter than the rest."""
+STREAMS_MAX = 1024
+"""Names of threads that are kept for the traces to come."""
 
 _RECORD = struct.Struct("<HIqqq")
 _COLUMNS = np.dtype([("name", "<u2"), ("stream", "<u4"), ("start", "<i8"), ("length", "<i8"), ("bytes", "<i8")])
@@ -72,20 +74,21 @@ class Span:
 
 
 class _Streams:
-    """Numbers for names of threads: the same in all traces of the process, so that they can be laid side by side."""
+    """Numbers for names of threads: the same in all traces of the process, so that they can be laid side by side. A
+    name that came ``STREAMS_MAX`` others ago gets another number when it comes again. Any thread may call."""
 
     def __init__(self) -> None:
-        self._names = {"": _SINCE_START}
-        self._numbers = itertools.count(_SINCE_START + 1)
+        self._lock = threading.Lock()
+        self._numbers: dict[str, int] = {}
+        self._next = itertools.count(_SINCE_START + 1)
 
-    def number(self) -> int:
-        """Of the calling thread."""
-        name = threading.current_thread().name
-        number = self._names.get(name)
-        return self._names.setdefault(name, next(self._numbers)) if number is None else number
-
-    def names(self) -> dict[int, str]:
-        return {number: name for name, number in self._names.copy().items()}
+    def number(self, name: str) -> int:
+        with self._lock:
+            if name not in self._numbers:
+                self._numbers[name] = next(self._next)
+                if len(self._numbers) > STREAMS_MAX:
+                    del self._numbers[next(iter(self._numbers))]
+            return self._numbers[name]
 
 
 _streams = _Streams()
@@ -108,9 +111,13 @@ class Trace:
         self._names: dict[str, int] = {}
         self._lengths: list[int] = []  # nanoseconds, by number of name
         self._bytes: list[int] = []
+        self._streams = {"": _SINCE_START}
+        """By the name of a thread its number in the records."""
         self._records = bytearray()
         self._shortest = 0
         self._left_out = 0
+        self._notes: dict[str, Any] = {}
+        self._ended = False
 
     def span(self, name: str, bytes: int = 0) -> AbstractContextManager[None]:  # noqa: A002 - the unit is the name
         """Records the time spent inside, and ``bytes`` moved by it, under ``name``; also when it raises."""
@@ -118,10 +125,21 @@ class Trace:
 
     def add_since_start(self, name: str) -> None:
         """Records a span from the making of this trace to now, which belongs to no thread."""
-        self._add(name, _SINCE_START, self._start, time.monotonic_ns() - self._start, 0)
+        self._add(name, "", self._start, time.monotonic_ns() - self._start, 0)
 
-    def _add(self, name: str, stream: int, start: int, length: int, bytes: int) -> None:  # noqa: A002
+    def note(self, name: str, value: object) -> None:
+        """Keeps a plain value that the timeline is to show beside the spans."""
         with self._lock:
+            self._notes[name] = value
+
+    def end(self) -> None:
+        """From now on nothing is recorded any more."""
+        self._ended = True
+
+    def _add(self, name: str, thread: str, start: int, length: int, bytes: int) -> None:  # noqa: A002
+        with self._lock:
+            if self._ended:
+                return
             number = self._names.get(name)
             if number is None:
                 number = self._names[name] = len(self._names)
@@ -132,6 +150,9 @@ class Trace:
             if length < self._shortest:
                 self._left_out += 1
                 return
+            stream = self._streams.get(thread)
+            if stream is None:
+                stream = self._streams[thread] = _streams.number(thread)
             self._records += _RECORD.pack(number, stream, start, length, bytes)
             if len(self._records) > SPANS_MAX * _RECORD.size:
                 self._leave_out_shorter_half()
@@ -143,12 +164,13 @@ class Trace:
         self._left_out += len(columns) - len(kept)
         self._shortest = int(columns["length"][by_length[len(columns) // 2]])
         self._records = bytearray(columns[kept].tobytes())
+        used = {_SINCE_START, *columns["stream"][kept].tolist()}
+        self._streams = {thread: stream for thread, stream in self._streams.items() if stream in used}
 
     def spans(self) -> list[Span]:
         """Those kept so far, in the order in which they ended."""
         with self._lock:
-            records, names = bytes(self._records), list(self._names)
-        streams = _streams.names()
+            records, names, streams = bytes(self._records), list(self._names), self._threads()
         return [
             Span(names[name], start / 1e9, length / 1e9, size, streams[stream])
             for name, stream, start, length, size in _RECORD.iter_unpack(records)
@@ -172,6 +194,7 @@ class Trace:
         """
         with self._lock:
             records, names, left_out = bytes(self._records), list(self._names), self._left_out
+            threads, notes = self._threads(), dict(self._notes)
         common = {"cat": "fastckpt", "pid": self._rank}
         events: list[dict[str, Any]] = []
         used = set()
@@ -188,22 +211,24 @@ class Trace:
             events.append({**event, "args": {"bytes": size}} if size else event)
         events.sort(key=lambda event: event["ts"])
         return {
-            "traceEvents": [*self._metadata(sorted(used)), *events],
+            "traceEvents": [*self._metadata({stream: threads[stream] for stream in sorted(used)}), *events],
             "displayTimeUnit": "ms",
-            "otherData": {"step": step, "rank": self._rank, "spans_left_out": left_out},
+            "otherData": {"step": step, "rank": self._rank, "spans_left_out": left_out, **notes},
         }
 
-    def _metadata(self, streams: list[int]) -> list[dict[str, Any]]:
+    def _threads(self) -> dict[int, str]:
+        return {stream: thread for thread, stream in self._streams.items()}
+
+    def _metadata(self, threads: Mapping[int, str]) -> list[dict[str, Any]]:
         """What the viewer calls the rank and its threads, and in which order it shows them."""
-        names = _streams.names()
         rank: dict[str, Any] = {"ph": "M", "pid": self._rank, "tid": _SINCE_START}
         events = [
             {**rank, "name": "process_name", "args": {"name": f"rank {self._rank} on node {self._node}"}},
             {**rank, "name": "process_sort_index", "args": {"sort_index": self._rank}},
         ]
-        for stream in streams:
+        for stream, name in threads.items():
             thread = {**rank, "tid": stream}
-            events.append({**thread, "name": "thread_name", "args": {"name": names[stream]}})
+            events.append({**thread, "name": "thread_name", "args": {"name": name}})
             events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": stream}})
         return events
 
@@ -229,6 +254,6 @@ class _Open:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         length = time.monotonic_ns() - self._start
-        self._trace._add(self._name, _streams.number(), self._start, length, self._bytes)
+        self._trace._add(self._name, threading.current_thread().name, self._start, length, self._bytes)
         if self._range is not None:
             self._range.__exit__(kind, error, traceback)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fastckpt.errors import FastckptError
-from fastckpt.group import ANSWER_SECONDS, Assembly, Group
+from fastckpt.group import ANSWER_SECONDS, Assembly, Group, as_told
 
 log = logging.getLogger("fastckpt")
 
@@ -178,9 +178,9 @@ class Watcher:
             pause = self._look_seconds
             try:
                 self._look()
-            except FastckptError as error:
+            except Exception as error:  # also for want of memory: the thread must not end while training goes on
                 pause = _LOOK_SECONDS_AFTER_ERROR
-                log.warning("saves that other ranks ask for are not heard of for %.0f s: %s", pause, error)
+                log.warning("saves that other ranks ask for are not heard of for %.0f s: %s", pause, as_told(error))
 
     def _seconds_to_wait(self, pause: float) -> float | None:
         seconds = [pause] if self._group.size > 1 else []

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastckpt"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "integrations").rglob("*.py")])
 
-PUBLIC = {"Checkpointer", "Pending", "Snapshot", "Callback", "Options", "Shard", "PerRank", "RNGState", "open"}
+PUBLIC = {"Checkpointer", "Pending", "Snapshot", "Callback", "Options", "Topology", "RankPath"}
+PUBLIC |= {"Shard", "PerRank", "RNGState", "open"}
 
 OPTIONS = [
     "chunk_bytes",
@@ -31,6 +32,8 @@ OPTIONS = [
     "fence",
     "fence_seconds_max",
     "staging_bytes_max",
+    "writers",
+    "streams",
     "copy",
     "commit_seconds_max",
     "record_hosts",

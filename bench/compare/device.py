@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,32 +15,37 @@ _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def write(path: Path, size: int, threads: int, allocate: bool) -> None:
-    """Writes ``size`` bytes directly, ``threads`` blocks in flight, and syncs them; first allocated where that is asked
-    for and the file system can."""
-    buffer = mmap.mmap(-1, BLOCK_BYTES)
-    buffer.write(os.urandom(1 << 20) * (BLOCK_BYTES >> 20))
+def block() -> mmap.mmap:
+    """Memory to write from or to read into, aligned and touched. Made before the clock starts, as staging memory is."""
+    memory = mmap.mmap(-1, BLOCK_BYTES)
+    memory.write(os.urandom(1 << 20) * (BLOCK_BYTES >> 20))
+    return memory
+
+
+def write(path: Path, buffer: mmap.mmap, size: int, threads: int, allocate: bool) -> None:
+    """Writes ``size`` bytes directly from one block, ``threads`` requests in flight, and syncs them; first allocated
+    where that is asked for and the file system can."""
     descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_DIRECT)
     try:
         if allocate:
             _fallocate(descriptor, 0, 0, size)
 
-        def block(offset: int) -> None:
+        def write_block(offset: int) -> None:
             left = min(BLOCK_BYTES, -(-(size - offset) // ALIGNED_BYTES) * ALIGNED_BYTES)
             os.pwrite(descriptor, memoryview(buffer)[:left], offset)
 
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(block, range(0, size, BLOCK_BYTES)))
+            list(pool.map(write_block, range(0, size, BLOCK_BYTES)))
         os.ftruncate(descriptor, size)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read(path: Path, threads: int) -> None:
-    """Reads all of a file directly, ``threads`` blocks in flight, into a block of memory for each thread."""
+def read(path: Path, blocks: Sequence[mmap.mmap]) -> None:
+    """Reads all of a file directly, by a thread for each of ``blocks``."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    blocks = [mmap.mmap(-1, BLOCK_BYTES) for _ in range(threads)]
+    threads = len(blocks)
     try:
         size = os.fstat(descriptor).st_size
 

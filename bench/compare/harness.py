@@ -257,7 +257,11 @@ def record(question: str, directory: Path, **found: Any) -> dict[str, Any]:
         "question": question,
         "command": shlex.join(["python", "-m", "bench.compare", *sys.argv[1:]]),
         "commit": _output("git", "rev-parse", "HEAD"),
-        "changed_files": len(_output("git", "status", "--porcelain", "--untracked-files=no").splitlines()),
+        "changed_files": len(
+            _output(
+                "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/compare/results"
+            ).splitlines()
+        ),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(directory),
         "versions": {"python": platform.python_version(), **versions()},

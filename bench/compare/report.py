@@ -137,6 +137,9 @@ def markdown(records: Records, asynchronous: Sequence[type[Way]]) -> str:
         lines += ["", *loops(records["loop"])]
     if "memory" in records:
         lines += ["", *memories(records["memory"])]
+    for name in ("save", "save 2 ranks", "restore", "restore 2 ranks"):
+        if name in records and records[name]["stages"]:
+            lines += ["", *stages(name, records[name])]
     return "\n".join(lines) + "\n"
 
 
@@ -213,6 +216,17 @@ def memories(record: Mapping[str, Any]) -> list[str]:
     rows = [(row["way"], f"{row['above_bytes'] / 2**20:.0f}") for row in record["ways"]]
     size = record["ways"][0]["bytes"]
     return table((f"memory above a state of {size / 2**30:.2f} GiB, all processes", "MiB"), rows)
+
+
+def stages(name: str, record: Mapping[str, Any]) -> list[str]:
+    """What binds: the stages of the last run, on rank 0; those of threads side by side take longer together than from
+    begin to end."""
+    rows = [
+        (stage, f"{begin * 1e3:.1f}", f"{end * 1e3:.1f}", f"{together * 1e3:.1f}")
+        for stage, (begin, end, together) in sorted(record["stages"].items(), key=lambda item: item[1])
+    ]
+    head = (f"{name.split()[0]}, rank 0 of {record['ranks']}: stage", "begins, ms", "ends, ms", "threads together, ms")
+    return table(head, rows)
 
 
 # --- plots ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from bench.compare import device
 from bench.compare.harness import Measures, alternate, cpu_seconds, drop_page_cache, together, world
 from bench.compare.state import State, random_state, total
-from bench.compare.ways import Way
+from bench.compare.ways import Fastckpt, Way
 
 PARAMETERS = 300
 RAW_THREADS = (2, 4)
@@ -38,14 +38,15 @@ def measure(ways: Sequence[type[Way]], size: int, runs: int, directory: Path) ->
         made[-1].wait()
         cases[way.load_name] = partial(loaded, made[-1], state, expected)
     file = directory / f"raw-{rank}"
-    device.write(file, own_bytes, RAW_THREADS[0], allocate=True)
+    device.write(file, device.block(), own_bytes, RAW_THREADS[0], allocate=True)
     for threads in RAW_THREADS:
         cases[f"raw, {threads} threads"] = partial(raw, file, threads)
     cleared = drop_page_cache(directory)
     rows = alternate(cases, runs, 2 * own_bytes)
+    stages = next((each.stages() for each in made if isinstance(each, Fastckpt)), {})
     for each in made:
         each.close()
-    return {"ranks": ranks, "bytes": size, "page_cache_emptied_by": cleared, "runs": rows}
+    return {"ranks": ranks, "bytes": size, "page_cache_emptied_by": cleared, "stages": stages, "runs": rows}
 
 
 def loaded(way: Way, state: State, expected: str, ready: Callable[[], None]) -> Measures:
@@ -64,7 +65,8 @@ def loaded(way: Way, state: State, expected: str, ready: Callable[[], None]) -> 
 
 def raw(path: Path, threads: int, ready: Callable[[], None]) -> Measures:
     drop_page_cache(path.parent)
+    blocks = [device.block() for _ in range(threads)]
     ready()
     cpu, start = cpu_seconds(), time.perf_counter()
-    device.read(path, threads)
+    device.read(path, blocks)
     return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu}

@@ -16,7 +16,7 @@ from typing import Any
 from bench.compare import device
 from bench.compare.harness import Measures, alternate, copy_seconds, cpu_seconds, together, world
 from bench.compare.state import random_state, total
-from bench.compare.ways import Way
+from bench.compare.ways import Fastckpt, Way
 
 PARAMETERS = 300
 RAW = {
@@ -43,6 +43,7 @@ def measure(ways: Sequence[type[Way]], size: int, runs: int, directory: Path) ->
     for name, (threads, allocate) in RAW.items():
         cases[name] = partial(raw, directory / f"raw-{rank}", raw_bytes, threads, allocate)
     rows = alternate(cases, runs, raw_bytes)
+    stages = next((each.stages() for each in made if isinstance(each, Fastckpt)), {})
     for each in made:
         each.close()
     (directory / f"raw-{rank}").unlink()
@@ -51,6 +52,7 @@ def measure(ways: Sequence[type[Way]], size: int, runs: int, directory: Path) ->
         "bytes": size,
         "tensors": len(state.tensors()),
         "copy_seconds": copy_seconds(raw_bytes),
+        "stages": stages,
         "runs": rows,
     }
 
@@ -89,7 +91,8 @@ def saved(way: Way, steps: Steps, ready: Callable[[], None]) -> Measures:
 
 def raw(path: Path, size: int, threads: int, allocate: bool, ready: Callable[[], None]) -> Measures:
     path.unlink(missing_ok=True)
+    block = device.block()
     ready()
     cpu, start = cpu_seconds(), time.perf_counter()
-    device.write(path, size, threads, allocate)
+    device.write(path, block, size, threads, allocate)
     return {"committed_seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu}

@@ -82,6 +82,7 @@ class Fastckpt(Way):
     def __init__(self, state: State, directory: Path) -> None:
         super().__init__(state, directory)
         self.checkpointer = fastckpt.Checkpointer(str(directory), options=self.options)
+        self._done: fastckpt.Pending | fastckpt.Snapshot | None = None
 
     def save(self, step: int) -> None:
         self.checkpointer.save(step, self.state.parts)
@@ -92,9 +93,24 @@ class Fastckpt(Way):
     def wait(self) -> None:
         if self.checkpointer.pending is not None:
             self.checkpointer.pending.wait(WAIT_SECONDS)
+        self._done = self.checkpointer.pending
 
     def load(self, step: int) -> None:
         self.checkpointer.restore(self.state.parts, step)
+        self._done = self.checkpointer.restored
+
+    def stages(self) -> dict[str, list[float]]:
+        """Where the time of what was done last, a save or a load, went on this rank: for each stage when the first
+        began, when the last ended, and how long all took together, in seconds."""
+        events = self._done.timeline()["traceEvents"] if self._done else []
+        spans = [event for event in events if event["ph"] == "X"]
+        start = min((event["ts"] for event in spans), default=0)
+        found: dict[str, list[float]] = {}
+        for event in spans:
+            begin, end = (event["ts"] - start) / 1e6, (event["ts"] + event["dur"] - start) / 1e6
+            first, last, together = found.get(event["name"], (begin, end, 0.0))
+            found[event["name"]] = [min(first, begin), max(last, end), together + end - begin]
+        return found
 
     def discard(self, step: int) -> None:
         pass

@@ -24,13 +24,14 @@ import msgspec
 
 from bench.metadata import jobs
 from bench.metadata.crowd import Crowd
+from fastckpt.agreement import agreed
 from fastckpt.format import names
 from fastckpt.options import Options
 from fastckpt.plan.restore_plan import Selection, Want
 from fastckpt.plan.save_plan import Agreement
 from fastckpt.repository.repository import Repository
 from fastckpt.restore import values_of
-from fastckpt.save import Saves, _agreed
+from fastckpt.save import STREAMS, Saves
 from fastckpt.storage.local import LocalStore
 from fastckpt.trace import Trace
 
@@ -109,10 +110,10 @@ def taking(job: jobs.Job, directory: str) -> dict[str, Any]:
     """A rank that is told the layout."""
     agreement = msgspec.msgpack.decode((Path(directory) / "agreement").read_bytes(), type=Agreement)
     begin = time.perf_counter()
-    agreed = _agreed(agreement, job.world_size // 3)
+    taken = agreed(agreement, job.world_size // 3, STREAMS)
     return {
         "rank_seconds": round(time.perf_counter() - begin, 3),
-        "rank_chunks": len(agreed.mine),
+        "rank_chunks": len(taken.mine),
         "rank_memory_bytes": peak_bytes(),
     }
 

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fastckpt import save
+from fastckpt import agreement, save
+from fastckpt.agreement import Attempt, offer_digest
 from fastckpt.buffers import Source
 from fastckpt.format import names
 from fastckpt.format.chunk import chunk_hash
@@ -23,12 +24,16 @@ from fastckpt.format.decision import Live
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import PackInfo, RankTable
 from fastckpt.group import Assembly, Deadline, Decide, Reply, decode_reply, encode_reply
+from fastckpt.plan.rates import encode_rate
 from fastckpt.plan.save_plan import RankOffer
-from fastckpt.save import Attempt, Labels, Saves, offer_digest
+from fastckpt.save import Labels, Saves
+from fastckpt.topology.offer import offer
 from fastckpt.trace import Trace
 
 VALUE_BYTES = 200
 """Of a rank's own value."""
+RATE = encode_rate(10**9, 1.0)
+"""That ranks write at."""
 
 
 class Kind:
@@ -122,7 +127,7 @@ class Crowd:
         if stage.endswith("-digests"):
             self._speakers = frozenset(msgspec.msgpack.decode(answer, type=list[int]))
         elif stage == "offers":
-            self._keys = msgspec.msgpack.decode(answer, type=save._Asked).keys
+            self._keys = msgspec.msgpack.decode(answer, type=agreement._Asked).keys
         return answer
 
     # What the other ranks say.
@@ -132,6 +137,8 @@ class Crowd:
         match stage:
             case "hello":
                 return self._hello(kind, rank)
+            case "topology":
+                return msgspec.msgpack.encode(offer(None, f"cn{self.nodes[rank]:05}"))
             case "offers-digests":
                 return kind.digest
             case "offers":
@@ -151,7 +158,7 @@ class Crowd:
         return self._content_of[kind]
 
     def _hello(self, kind: Kind, rank: int) -> bytes:
-        agreed = self.saves._agreed
+        agreed = self.saves._agreements._agreed
         takes_part = frozenset(
             number for number, one in enumerate(agreed.comparisons if agreed else ()) if one.has(rank)
         )
@@ -161,8 +168,8 @@ class Crowd:
                 assert agreed is not None
                 sampled = kind.sampled(agreed.comparisons[number].keys)
                 compared[number] = chunk_hash(b"".join(sampled.values()))
-            terms = save._terms(kind.digest, "" if agreed is None else agreed.digest)
-            self._hellos[kind, takes_part] = msgspec.msgpack.encode(save._Hello(self.step, terms, compared))
+            terms = agreement._terms(kind.digest, "" if agreed is None else agreed.digest)
+            self._hellos[kind, takes_part] = msgspec.msgpack.encode(agreement._Hello(self.step, terms, compared))
         return self._hellos[kind, takes_part]
 
     def begin(self, step: int, saves: Saves) -> None:
@@ -170,7 +177,7 @@ class Crowd:
         if self.values is not None:
             self.kinds[0].values = self.values[0]
         self.step, self.saves = step, saves
-        saves._assembly = Everyone(self)
+        saves._assembly = saves._agreements._assembly = Everyone(self)
         self._hellos: dict[tuple[Kind, frozenset[int]], bytes] = {}
         self._content_of: dict[Kind, tuple[bytes, bytes]] = {}
 
@@ -189,7 +196,7 @@ class Crowd:
         common = {digest for _, digest in attempt.values}
         blobs = [blob for name, blob in values.items() if digests[name] not in common]
         size = sum(info.size for info in table.packs)
-        return msgspec.msgpack.encode(save._Written(attempt.id, attempt.agreed.digest, table, blobs, size, size))
+        return msgspec.msgpack.encode(save._Written(attempt.id, attempt.agreed.digest, table, blobs, size, size, RATE))
 
     def _values(self, rank: int) -> Mapping[str, bytes]:
         if self.values is not None:

@@ -25,11 +25,12 @@ from fastckpt.cli.arguments import parse_step, repository_argument
 from fastckpt.cli.terminal import Command, Terminal, count_text, pass_terminal, size_text
 
 if TYPE_CHECKING:
+    from fastckpt.agreement import Attempt
     from fastckpt.format.decision import Live
     from fastckpt.format.shard import Box
     from fastckpt.plan.save_plan import RankOffer
     from fastckpt.repository.writer import ChunkWriter
-    from fastckpt.save import Attempt, Saves
+    from fastckpt.save import Saves
     from fastckpt.storage.store import Store
     from fastckpt.trace import Trace
 
@@ -378,8 +379,8 @@ class _Offered:
     """What the file holds, as the save flow wants it."""
 
     def __init__(self, content: Content, child: _Child) -> None:
+        from fastckpt.agreement import offer_digest
         from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer
-        from fastckpt.save import offer_digest
 
         self._child = child
         self._numbers = {tensor.key: number for number, tensor in enumerate(content.tensors)}

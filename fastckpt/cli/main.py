@@ -25,6 +25,7 @@ COMMANDS = {
     "diff": "fastckpt.cli.diff",
     "restore": "fastckpt.cli.restore",
     "verify": "fastckpt.cli.verify",
+    "plan": "fastckpt.cli.plan",
     "doctor": "fastckpt.cli.doctor",
     "import": "fastckpt.cli.import_",
     "completion": "fastckpt.cli.completion",
@@ -81,8 +82,8 @@ class Commands(Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastckpt-torch", message="fastckpt %(version)s")
 def commands() -> None:
-    """Snapshots of training jobs: list, show, compare, verify, restore and import them; and ask what a
-    directory and this machine are good for.
+    """Snapshots of training jobs: list, show, compare, verify, restore and import them; plan who writes what
+    on a cluster; and ask what a directory and this machine are good for.
 
     REPO is a URL or a path. Where it is left out, FASTCKPT_REPOSITORY is used.
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SHOWN_BYTES_MAX = 16 * 1024
 """Larger values are not decoded for ``--values``."""
 SHOWN_CHARACTERS_MAX = 500
+LEVELS_SHOWN_MAX = 8
+EDGES_CHARACTERS_MAX = 200
 NAME_COLUMNS_MAX = 48
 """Of a fact; a longer name pushes its value to the right."""
 
@@ -70,6 +72,8 @@ def command(terminal: Terminal, repo: str, step: int | None, values: bool, envir
     terminal.line(f"created      {snapshot.created}")
     terminal.line(f"size         {size_text(snapshot.bytes)} ({size_text(index.stored_bytes)} new)")
     terminal.line(f"saved by     {count_text(snapshot.world_size, 'rank')} on {count_text(nodes, 'node')}")
+    if planned := _placement_text(snapshot.environment):
+        terminal.line(f"placement    {planned}")
     terminal.line(
         f"holds        {count_text(len(keys), 'key')} in {count_text(len(snapshot.chunks), 'chunk')} of up to "
         f"{size_text(layout.chunk_bytes)}"
@@ -129,6 +133,19 @@ def _environment_text(record: object) -> str:
     if "code.commit" in known:
         words.append(f"commit {known['code.commit'][:12]}{' changed' * (known.get('code.dirty') == 'true')}")
     return ", ".join(words)
+
+
+def _placement_text(record: dict[str, Any]) -> str:
+    """How the save was planned, in a line; empty where that is not recorded, or not as we record it."""
+    planned = record.get("placement")
+    if not isinstance(planned, dict) or not isinstance(writers := planned.get("writers"), int):
+        return ""
+    text = count_text(writers, "writer")
+    makespan, bound, binding = (planned.get(name) for name in ("makespan_seconds", "bound_seconds", "binding"))
+    if isinstance(makespan, float) and isinstance(bound, float) and isinstance(binding, list):
+        edges = "; ".join(printable(str(name)[:EDGES_CHARACTERS_MAX]) for name in binding[:LEVELS_SHOWN_MAX])
+        text += f", planned to take {makespan:.3g} s; none takes less than {bound:.3g} s, for {edges}"
+    return text
 
 
 def _size_cells(key: _Key) -> list[str]:

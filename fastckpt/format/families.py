@@ -411,6 +411,11 @@ class Spread:
 
     # For the planner.
 
+    def shards_alike(self) -> Iterator[tuple[Ints, Ints]]:
+        """Sets of classes whose shards have equal sizes, and these sizes, in bytes, by tensor."""
+        for number in range(len(self._lengths)):
+            yield np.flatnonzero(self._size_of == number), self._sized(number).bytes
+
     def alike(self) -> Iterator[tuple[Ints, list[int]]]:
         """Sets of classes whose chunks are of equal sizes, and these sizes, in bytes, in order."""
         for number in range(len(self._lengths)):

@@ -197,6 +197,11 @@ class Chunks:
         return self._count
 
     @property
+    def spreads(self) -> list[Spread]:
+        """The families, over the classes of their meshes."""
+        return [placed.spread for placed in self._families]
+
+    @property
     def dealt(self) -> int:
         """Chunks of listed units that the writers' runs cover."""
         return self._run_first[-1]

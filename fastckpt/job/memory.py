@@ -28,10 +28,12 @@ class StagingMemory:
 
     def pool(self, bytes_within: Callable[[int], int], devices: Iterable[torch.device], *, in_use: bool) -> Pool:
         """The pool for a save, which within a budget makes use of ``bytes_within(budget)``. A new one if that is more
-        than there is, or if somebody may still use the one there is (``in_use``). ``SaveError`` if there is no memory.
+        than there is, or if somebody may still use the one there is (``in_use``, or a slot that did not come back from
+        a save that failed). ``SaveError`` if there is no memory.
         """
+        self._in_use = [pool for pool in self._in_use if not pool.close()]
         wanted = bytes_within(self._bytes_max or _budget_bytes(self._ranks_on_node))
-        if self._pool is not None and (self._pool.bytes < wanted or in_use):
+        if self._pool is not None and (self._pool.bytes < wanted or in_use or not self._pool.is_whole):
             self.close()
         if self._pool is None:
             self._pool = Pool(wanted)
@@ -41,8 +43,9 @@ class StagingMemory:
 
     def cancel(self) -> None:
         """Fails whoever waits for memory. Any thread."""
-        if self._pool is not None:
-            self._pool.cancel()
+        pool = self._pool  # which the thread of a save may be about to close
+        if pool is not None:
+            pool.cancel()
 
     def close(self) -> None:
         """Gives the memory back, and that of earlier pools that were still in use."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
@@ -167,9 +168,12 @@ class Parameters:
     The name is the parameter's name in its module; where an optimizer works on several modules of the state, the
     module's name comes before it. A parameter in no module of the state has the name it has in the state itself; one
     that is nowhere in it is named by group and position.
+
+    Parameters that a forward under FSDP2 left gathered are let go of.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
+        _let_go_of_gathered(state)
         self.declared = declared_shards(state)
         self._found: dict[int, tuple[str, dict[int, Place]]] = {}
         """By the id of a parameter: the module's name, and the places by their position in a flat parameter."""
@@ -254,7 +258,6 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
 
     def visit(path: str, module: nn.Module, replicas: Replicas, in_unit: bool) -> Iterator[Visited]:
         while (inner := _unwrapped(module)) is not None:
-            _let_go_of_gathered(module)
             if isinstance(module, DistributedDataParallel):
                 replicas = Replicas(kept_equal(module), path, frozenset(module.parameters_to_ignore))
             elif isinstance(module, FullyShardedDataParallel):
@@ -263,7 +266,6 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
                     flat.setdefault(holder, {})[own] = part
                 dtypes.update(buffer_dtypes(path, module))
             module = inner
-        _let_go_of_gathered(module)
         visited = Visited(path, module, replicas, flat.get(module, {}), dtypes)
         check_not_stray(path, module, visited.ranges, in_unit)
         yield visited
@@ -274,9 +276,14 @@ def walk_modules(root: nn.Module) -> Iterator[Visited]:
     return visit("", root, Replicas(), False)
 
 
-def _let_go_of_gathered(module: nn.Module) -> None:
-    if isinstance(module, FSDPModule):  # which a wrapper may have become as well
-        module.reshard()  # after a forward without backward the parameters still are the gathered ones
+def _let_go_of_gathered(state: Mapping[str, Any]) -> None:
+    """Has units of FSDP2 let go of parameters of the state that a forward without backward left gathered: an optimizer
+    has the sharded ones. The unit may be above the modules of the state, or a wrapper."""
+    if units := [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]:
+        held = {module for item in state.values() if isinstance(item, nn.Module) for module in item.modules()}
+        for unit in units:
+            if not held.isdisjoint(unit.modules()):
+                unit.reshard()
 
 
 _EQUAL_HOOKS = frozenset({"default_hooks", "powerSGD_hook", "quantization_hooks", "mixed_precision_hooks"})

@@ -25,6 +25,7 @@ from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.shard import Box, boxes_of_flat_range
 from fastckpt.format.tables import VALUE_BYTES_MAX
 from fastckpt.job.state import Description
+from fastckpt.job.tensors import storage_bytes
 from fastckpt.job.values import torch_dtype
 from fastckpt.plan.save_plan import Offer
 
@@ -40,31 +41,43 @@ PIECE_BYTES = 8 * 1024 * 1024
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-_Sample = tuple[str, "TensorSource", int, bytes]
-"""Key, source, byte offset, and the bytes that were there."""
+_Sample = tuple["TensorSource", int, bytes]
+"""Source, byte offset, and the bytes that were there."""
 
 
 class TensorSource:
     """A live tensor, or a copy of one, as bytes. Any thread may fill."""
 
-    def __init__(self, tensor: torch.Tensor, staging: Staging) -> None:
+    def __init__(self, key: str, tensor: torch.Tensor, staging: Staging) -> None:
+        self.key = key
         self._tensor = bits(tensor)
         self._staging = staging
         self.bytes = tensor.numel() * tensor.element_size()
-        self._is_plain = tensor.device.type == "cpu" and self._tensor.is_contiguous() and self.bytes > 0
-        # A storage that is made smaller meanwhile must not be read as if it were not.
-        self._storage_bytes = self._tensor.storage_offset() * self._tensor.element_size() + self.bytes
+        is_in_memory = tensor.device.type == "cpu" and not tensor._is_zerotensor()
+        self._is_plain = is_in_memory and self._tensor.is_contiguous()
+        self._storage_bytes = storage_bytes(self._tensor)
 
     def fill(self, offset: int, buffer: memoryview) -> None:
-        """``AttemptAborted`` if the attempt was given up before or meanwhile."""
+        """``AttemptAborted`` if the attempt was given up before or meanwhile; ``SaveError`` if the tensor's storage was
+        made smaller before this call. In the middle of it nothing can hold the memory of a storage that is resized."""
         self._staging.check_not_given_up()
-        if self._is_plain and self._tensor.untyped_storage().nbytes() >= self._storage_bytes:
+        if self._tensor.untyped_storage().nbytes() < self._storage_bytes:
+            raise self.error("lost memory of its storage")
+        if self._is_plain and self.bytes:
             # One thread's copy without the interpreter's lock: torch's own would take all cores from the training.
             ctypes.memmove(address(buffer), self._tensor.data_ptr() + offset, len(buffer))
         else:
             with self._staging.on_stream(self._tensor.device):
                 self._copy(offset, buffer)
         self._staging.check_not_given_up()
+
+    def error(self, what: str) -> SaveError:
+        """For what must not happen before staging is over."""
+        return SaveError(
+            f"{self.key} {what} while it was being staged, by something other than Optimizer.step; the snapshot is "
+            f"given up. Have it copied before save returns with Options(copy=({self.key!r},)), or call wait_staged() "
+            "before changing it"
+        )
 
     def _copy(self, offset: int, buffer: memoryview) -> None:
         tensor, item = self._tensor, self._tensor.element_size()
@@ -100,7 +113,7 @@ class Staging:
     Made on the training thread; afterwards read by the threads that copy, any of them.
     """
 
-    def __init__(self, description: Description, world_size: int = 1) -> None:
+    def __init__(self, description: Description) -> None:
         """Copies what may change before the fence: buffers, plain tensors, and what else is to be copied."""
         self._outline = description.outline
         self.offer, self.digest = self._outline.offer, self._outline.digest
@@ -120,8 +133,8 @@ class Staging:
     def source(self, key: str, box: Box) -> TensorSource:
         """The bytes of a box this rank offered; what is read of live tensors is sampled for ``check_unchanged``."""
         number = self._outline.numbers[key, box]
-        source = TensorSource(self._views[number], self)
-        return source if number in self._outline.copied else _SampledSource(key, source, self._samples)
+        source = TensorSource(key, self._views[number], self)
+        return source if number in self._outline.copied else _SampledSource(source, self._samples)
 
     def sampled(self, keys: Sequence[str], *, whole: bool = False) -> dict[str, bytes]:
         """For each of ``keys`` held here, a digest of sampled content, or of all of it."""
@@ -132,7 +145,7 @@ class Staging:
         content: list[bytes] = [offer.dtype.encode(), str(offer.shape).encode()]
         for box in boxes:
             view = self._views[self._outline.numbers[offer.key, box]]
-            source = TensorSource(view, self)
+            source = TensorSource(offer.key, view, self)
             content.append(str(box).encode())
             pieces = _all_pieces(source.bytes) if whole else _compared_pieces(source.bytes, view.element_size())
             for offset, size in pieces:
@@ -143,15 +156,11 @@ class Staging:
 
     def check_unchanged(self) -> None:
         """``SaveError`` naming the tensor if one that was staged from live memory has changed since it was read."""
-        for key, source, offset, seen in (*self._early, *self._samples):
+        for source, offset, seen in (*self._early, *self._samples):
             now = bytearray(len(seen))
             source.fill(offset, memoryview(now))
             if bytes(now) != seen:
-                raise SaveError(
-                    f"{key} changed while it was being staged, by something other than Optimizer.step; the snapshot "
-                    f"is given up. Have it copied before save returns with Options(copy=({key!r},)), or call "
-                    "wait_staged() before changing it"
-                )
+                raise source.error("changed")
 
     def check_not_given_up(self) -> None:
         """``AttemptAborted`` if the attempt was given up."""
@@ -176,11 +185,11 @@ class Staging:
         choose = random.Random()  # noqa: S311 - spread, not secrecy; and never the generators of the training
         for _ in range(SAMPLES if live else 0):
             key, number = live[bisect.bisect_right(ends, choose.randrange(ends[-1]))]
-            source = TensorSource(self._views[number], self)
+            source = TensorSource(key, self._views[number], self)
             offset = choose.randrange(max(1, (source.bytes - SAMPLE_BYTES) // 16 + 1)) * 16
             seen = bytearray(min(SAMPLE_BYTES, source.bytes - offset))
             source.fill(offset, memoryview(seen))
-            chosen.append((key, source, offset, bytes(seen)))
+            chosen.append((source, offset, bytes(seen)))
         return chosen
 
     @property
@@ -204,7 +213,11 @@ class Staging:
             stream = torch.Stream(device)
             stream.wait_event(self._events[device])
             self._streams[device] = stream
-        return self._streams[device]
+        stream = self._streams[device]
+        # An object of its own for each thread that enters the stream: the object keeps what to go back to.
+        return torch.Stream(
+            stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+        )
 
 
 def _encode(name: str, tree: object) -> bytes:
@@ -238,14 +251,14 @@ class _Samples:
     """A random choice of pieces of everything read, each piece equally likely to be kept."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[str, TensorSource, int, bytes]] = []
+        self._kept: list[_Sample] = []
         self._seen = 0
         self._random = random.Random()  # noqa: S311 - spread, not secrecy
 
-    def __iter__(self) -> Iterator[tuple[str, TensorSource, int, bytes]]:
+    def __iter__(self) -> Iterator[_Sample]:
         return iter(self._kept)
 
-    def offer(self, key: str, source: TensorSource, offset: int, buffer: memoryview) -> None:
+    def offer(self, source: TensorSource, offset: int, buffer: memoryview) -> None:
         self._seen += 1
         if len(self._kept) < SAMPLES:
             position = len(self._kept)
@@ -253,20 +266,19 @@ class _Samples:
             return
         # Whole elements of any width: pieces start at multiples of the largest.
         at = self._random.randrange(max(1, (len(buffer) - SAMPLE_BYTES) // 16 + 1)) * 16
-        sample = (key, source, offset + at, bytes(buffer[at : at + SAMPLE_BYTES]))
+        sample = (source, offset + at, bytes(buffer[at : at + SAMPLE_BYTES]))
         self._kept[position : position + 1] = [sample]
 
 
 class _SampledSource(TensorSource):
-    def __init__(self, key: str, source: TensorSource, samples: _Samples) -> None:
-        self._key = key
+    def __init__(self, source: TensorSource, samples: _Samples) -> None:
         self._source = source
         self._samples = samples
         self.bytes = source.bytes
 
     def fill(self, offset: int, buffer: memoryview) -> None:
         self._source.fill(offset, buffer)
-        self._samples.offer(self._key, self._source, offset, buffer)
+        self._samples.offer(self._source, offset, buffer)
 
 
 class Fence:

@@ -5,6 +5,7 @@ Nothing is changed here. What does not fit is collected, so that one error can n
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
+from fastckpt.buffers import address
+from fastckpt.errors import RestoreError
 from fastckpt.format import value
 from fastckpt.format.dtype import item_bytes
 from fastckpt.format.shard import Box
@@ -27,7 +31,7 @@ from fastckpt.job.per_rank import Merge, PerRank, merged
 from fastckpt.job.rng import RNGState
 from fastckpt.job.staging import BITS, bits
 from fastckpt.job.state import Stateful, is_rng
-from fastckpt.job.tensors import Held, Shard, hold, hold_shard
+from fastckpt.job.tensors import Held, Shard, hold, hold_shard, storage_bytes
 from fastckpt.job.values import from_plain, references, to_plain, torch_dtype
 from fastckpt.plan.restore_plan import Catalog, Fit, Selection, Stored, Want, fit, heads
 from fastckpt.plan.save_plan import OWN
@@ -46,15 +50,34 @@ _WAYS_OUT: Final = "Give fastckpt.PerRank(obj, merge=...) to make new ones of th
 class TensorSink:
     """Fills a live tensor in place, converting from the stored dtype if that is another."""
 
-    def __init__(self, box: Box, tensor: torch.Tensor, stored_dtype: str) -> None:
+    def __init__(self, key: str, box: Box, tensor: torch.Tensor, stored_dtype: str) -> None:
+        self._key = key
         self._box = box
         self._tensor = tensor.detach()
         self._dtype = torch_dtype(stored_dtype)
         self._stored_bytes = item_bytes(stored_dtype)
+        kept = self._tensor
+        self._storage_bytes = storage_bytes(kept)
+        self._is_plain = (
+            kept.device.type == "cpu"
+            and kept.dtype == self._dtype
+            and not (kept.is_conj() or kept.is_neg() or kept.is_inference() or kept._is_zerotensor())
+        )
 
     @torch.no_grad()
     def place(self, offsets: tuple[int, ...], sizes: tuple[int, ...], data: memoryview) -> None:
+        """``RestoreError`` if the tensor's storage was made smaller."""
+        if self._tensor.untyped_storage().nbytes() < self._storage_bytes:
+            raise RestoreError(f"{self._key} lost memory of its storage while it was being restored")
         target = self._tensor[Box(offsets, sizes).relative_to(self._box).slices()]
+        if self._is_plain and target.is_contiguous():
+            # Wherever the bytes lie, by one thread and without the interpreter's lock: torch's copy wants them aligned,
+            # and each of the threads that read would have it start as many as there are cores.
+            if len(data) != target.nbytes:
+                raise RestoreError(f"{self._key}: {len(data)} bytes for the {target.nbytes} of {Box(offsets, sizes)}")
+            ctypes.memmove(target.data_ptr(), address(data), len(data))
+            increment_version(target)  # who has kept the tensor for a backward is to hear of it
+            return
         raw = torch.frombuffer(data if not data.readonly else bytearray(data), dtype=torch.uint8)
         if raw.data_ptr() % self._stored_bytes:  # inside a bundle, behind tensors of another width
             raw = raw.clone()
@@ -269,7 +292,7 @@ class Finding:
             self.to_fill[held.key] = held
             for box, view in held.pieces:
                 self.targets.wants.append(Want(stored.number, box, len(self.targets.sinks)))
-                self.targets.sinks.append(TensorSink(box, view, stored.dtype))
+                self.targets.sinks.append(TensorSink(held.key, box, view, stored.dtype))
 
     def check_apart(self) -> None:
         """Notes tensors that share part of their memory: each would be filled over the other, by whoever is last."""

@@ -141,6 +141,8 @@ class _Portion:
 def _hold_portion(key: str, local: torch.Tensor, portion: _Portion) -> Held:
     _refuse(key, local)
     if subclass.is_plain(local):
+        if local.untyped_storage().nbytes() < storage_bytes(local):
+            raise ValueError(f"{key}: the memory of its storage has been freed; resize the storage first")
         dtype = dtype_name(local, key)
         elements = subclass.plain(local)
         pieces = tuple(
@@ -186,6 +188,14 @@ def _take_apart(key: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor]
         return subclass.take_apart(tensor)
     except subclass.CannotTakeApart as reason:
         raise TypeError(f"{key}: cannot save a tensor {reason}") from reason.__cause__
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """How large the storage of a tensor must at least be, which torch does not look at whenever it copies."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def memory(tensor: torch.Tensor) -> tuple[Any, ...]:

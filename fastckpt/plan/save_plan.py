@@ -32,7 +32,9 @@ from fastckpt.format.families import (
 from fastckpt.format.shard import Box, find_overlap
 from fastckpt.format.tables import SHARED, Chunks, Layout
 from fastckpt.plan.alike import runs_of
-from fastckpt.plan.dealing import Dealer, deal, deal_evenly
+from fastckpt.plan.classes import as_written, of_layout
+from fastckpt.plan.deal import Dealer
+from fastckpt.topology.topology import Topology
 
 KNOWN = 0
 """Equal on all ranks of ``among`` by what the tensor is (DTensor ``Replicate``, a DDP module's parameter)."""
@@ -195,17 +197,18 @@ def plan_save(
     chunk_bytes: int,
     *,
     families: bool = True,
-    dealer: Dealer = deal_evenly,
+    dealer: Dealer | None = None,
 ) -> tuple[Layout, list[Comparison]]:
     """The layout of a save, and what has to be compared before each save that uses it.
 
     Ranks that offer alike are to be given one and the same object; then the time it takes grows with the number of
     different offers and digests, and not with that of the ranks times tensors. ``digests`` holds, for each rank, a
     digest of the whole content of every tensor that ``keys_to_digest`` names. Without ``families`` all shards are
-    listed. ``dealer`` says who writes which chunks of what several ranks hold.
+    listed. ``dealer`` chooses who writes what several ranks hold; without one, all ranks are taken for equal.
     ``LimitExceeded`` for more chunks than a layout may have. ``ValueError`` naming key and ranks if ranks disagree
     about a tensor, or do not hold all of it.
     """
+    dealer = dealer or Dealer(Topology.from_hosts([str(node) for node in nodes]).tree())
     return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make(dealer)
 
 
@@ -279,8 +282,9 @@ class _Plan:
                     f"{identity[0]}: tied to {to[0]}, of which ranks differ in what they hold. {_WAYS_OUT}"
                 )
         spreads = self._make_families()
-        layout, classes = self._lay_out(aliases)
-        writers, counts = deal(Chunks(layout), classes, spreads, dealer)
+        layout, listed = self._lay_out(aliases)
+        classes = of_layout(Chunks(layout), listed, spreads)
+        writers, counts = as_written(classes, dealer.deal(classes).runs, spreads)
         families = [
             msgspec.structs.replace(spread.family, counts=each) for spread, each in zip(spreads, counts, strict=True)
         ]

@@ -103,6 +103,7 @@ _RULES: Final = {
     "platform.cpu_capability": _Rule("numerics"),
     "platform.libc": _Rule("numerics"),
     "host": _Rule("info"),
+    "placement": _Rule("info"),
 }
 """By name, or by the name of what a fact is part of."""
 

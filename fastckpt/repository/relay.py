@@ -28,7 +28,7 @@ import msgspec
 
 from fastckpt.buffers import in_pages, map_shared
 from fastckpt.errors import CommitTimeout, RankFailed
-from fastckpt.group import Deadline, Decide, Group, Reply, checked, missing_ranks_error
+from fastckpt.group import Deadline, Decide, Group, PeerGaveUp, Reply, checked, missing_ranks_error
 from fastckpt.plan.relay_plan import Portion, Wanted, plan_relay, wanted
 from fastckpt.plan.restore_plan import Want
 from fastckpt.repository.chunk_reader import READ_BYTES_MAX, Passed, Passing, PlacedChunk, Run, runs_of
@@ -52,10 +52,6 @@ _TOKEN_BYTES = 16
 _GAVE_UP, _BEAT, _SLOTS = 2, 3, 4
 _WORD_BYTES = 8
 _FINISHED = 2**64 - 1
-
-
-class PeerGaveUp(CommitTimeout):
-    """Another rank of the node has failed, and tells all ranks itself why."""
 
 
 class _Offer(msgspec.Struct, array_like=True, frozen=True):

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from fastckpt.format.chunk import HASH_BYTES, chunk_hash
 from fastckpt.format.decision import Live
 from fastckpt.format.roll import make_rolls
 from fastckpt.format.tables import Index, PackInfo, Part, PartInfo, RankTable, RollInfo, ValueKind
-from fastckpt.plan.placement import even_runs
+from fastckpt.plan.placement import cut_runs
 from fastckpt.repository.history import History, now
 from fastckpt.storage.store import BLOCK_BYTES, ObjectWriter, Store
 from fastckpt.trace import Trace
@@ -30,6 +30,15 @@ log = logging.getLogger("fastckpt")
 
 PACK_BYTES_MAX = 1024 * 1024 * 1024
 """A stream starts a new pack when the current one would grow beyond this."""
+
+
+class Batch(NamedTuple):
+    """Rows that are copied into one buffer and written at once."""
+
+    rows: range
+    phase: int
+    """Where in a block of its pack the first chunk is going to begin, if it is stored raw."""
+    bytes: int
 
 
 class ChunkWriter:
@@ -44,9 +53,11 @@ class ChunkWriter:
         codec_name: str,
         trace: Trace,
         stream_count: int = 1,
+        batch_bytes: int = 0,
     ) -> None:
         """``sizes``: raw bytes of the chunk of each row of the table. Each stream gets a run of rows, of nearly equal
-        bytes."""
+        bytes, and takes them in batches: rows that follow each other in a pack and have ``batch_bytes`` at most, or
+        one."""
         self._store = store
         self.sizes = sizes
         self.attempt = attempt
@@ -56,10 +67,9 @@ class ChunkWriter:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._packs: list[PackInfo] = []
-        self.phases = [0] * len(sizes)
-        """By row: where in a block of its pack the chunk is going to begin, if it is stored raw."""
-        ends = itertools.accumulate(even_runs(sizes, stream_count) if sizes else [], initial=0)
-        self.streams = [PackStream(self, range(first, end)) for first, end in itertools.pairwise(ends)]
+        ends = itertools.accumulate(cut_runs(sizes, [1] * stream_count).tolist(), initial=0)
+        runs = [range(first, end) for first, end in itertools.pairwise(ends)]
+        self.streams = [PackStream(self, rows, batch_bytes) for rows in runs if rows]
         # Rows are written by whichever stream has the chunk, each once.
         self._pack = np.zeros(len(sizes), "<u4")
         self._offset = np.zeros(len(sizes), "<u8")
@@ -112,48 +122,69 @@ class ChunkWriter:
 class PackStream:
     """A sequence of packs written by one thread. After an error only ``abandon`` may follow."""
 
-    def __init__(self, writer: ChunkWriter, rows: range) -> None:
+    def __init__(self, writer: ChunkWriter, rows: range, batch_bytes: int) -> None:
         self._writer = writer
-        self.rows = rows
-        """Of the table: what this stream is to write, in order."""
         self._object: ObjectWriter | None = None
+        self.batches: list[Batch] = []
+        """What this stream is to write, in order."""
         # Stored raw, as most chunks are, it is known beforehand where each will be.
         self._expected = [0]
         """For each pack the bytes of its chunks."""
+        first, batch = rows.start, 0
         for row in rows:
-            if self._expected[-1] and self._expected[-1] + writer.sizes[row] > PACK_BYTES_MAX:
+            size, packed = writer.sizes[row], self._expected[-1]
+            is_new_pack = bool(packed) and packed + size > PACK_BYTES_MAX
+            if batch and (is_new_pack or batch + size > batch_bytes):
+                self.batches.append(Batch(range(first, row), (packed - batch) % BLOCK_BYTES, batch))
+                first, batch = row, 0
+            if is_new_pack:
                 self._expected.append(0)
-            writer.phases[row] = self._expected[-1] % BLOCK_BYTES
-            self._expected[-1] += writer.sizes[row]
+            self._expected[-1] += size
+            batch += size
+        if rows:
+            self.batches.append(Batch(range(first, rows.stop), (self._expected[-1] - batch) % BLOCK_BYTES, batch))
 
-    def write(self, row: int, raw: memoryview) -> None:
-        """Hashes, encodes and appends one chunk, and enters it in ``row`` of the table."""
+    def write(self, batch: Batch, raw: memoryview) -> None:
+        """Hashes, encodes and appends the chunks of a batch, which lie in ``raw`` one behind the other, and enters them
+        in the table."""
         writer = self._writer
+        ends = list(itertools.accumulate((writer.sizes[row] for row in batch.rows), initial=0))
+        chunks = [raw[start:end] for start, end in itertools.pairwise(ends)]
         with writer._trace.span("hash", len(raw)):
-            chunk_id = chunk_hash(raw)
-        stored: bytes | memoryview = raw
-        kind = codec.RAW
-        if writer._codec == codec.ZSTD:
-            with writer._trace.span("codec", len(raw)):
-                frame = codec.encode_zstd(raw)
-            if len(frame) < len(raw):  # what does not shrink is stored as it is
-                stored, kind = frame, codec.ZSTD
+            ids = [chunk_hash(chunk) for chunk in chunks]
+        if writer._codec == codec.RAW:
+            offset = self._append(raw)
+            for row, at, chunk, chunk_id in zip(batch.rows, ends, chunks, ids, strict=False):
+                self._enter(row, offset + at, len(chunk), codec.RAW, chunk_id)
+            return
+        for row, chunk, chunk_id in zip(batch.rows, chunks, ids, strict=True):
+            with writer._trace.span("codec", len(chunk)):
+                frame = codec.encode_zstd(chunk)
+            if len(frame) < len(chunk):
+                self._enter(row, self._append(frame), len(frame), codec.ZSTD, chunk_id)
+                writer._stored[row] = chunk_hash(frame)
+            else:  # what does not shrink is stored as it is
+                self._enter(row, self._append(chunk), len(chunk), codec.RAW, chunk_id)
+
+    def _append(self, stored: bytes | memoryview) -> int:
+        """Where it begins in the current pack, or in a new one where it would grow too large."""
         if self._object is not None and self._bytes + len(stored) > PACK_BYTES_MAX:
             self.close()
-        with writer._trace.span("write", len(stored)):
+        with self._writer._trace.span("write", len(stored)):
             if self._object is None:
                 self._begin()
             assert self._object is not None
-            offset = self._object.append(stored)
+            return self._object.append(stored)
+
+    def _enter(self, row: int, offset: int, length: int, kind: int, chunk_id: bytes) -> None:
+        writer = self._writer
         writer._pack[row] = self._position
         writer._offset[row] = offset
-        writer._length[row] = len(stored)
+        writer._length[row] = length
         writer._codecs[row] = kind
         writer._hashes[row] = np.frombuffer(chunk_id, "u1")
-        if kind != codec.RAW:
-            writer._stored[row] = chunk_hash(stored)
-        self._bytes += len(stored)
-        self._lengths.append(len(stored))
+        self._bytes += length
+        self._lengths.append(length)
         self._kinds.append(kind)
         self._ids.append(chunk_id)
 

@@ -40,7 +40,7 @@ class Call(Generic[_Result]):
         self._function: Callable[[], _Result] | None = function
         self._done = threading.Event()
         self._outcome: tuple[_Result] | BaseException | None = None
-        self._left_behind = False
+        self.is_left_behind = False
 
     def result(self, seconds: float) -> _Result:
         """What the call returned or raised; ``NoAnswer`` if it does neither for ``seconds``. To be taken once."""
@@ -57,7 +57,7 @@ class Call(Generic[_Result]):
 
     def leave_behind(self) -> None:
         """Nobody is going to ask for the result: whatever it holds is let go of."""
-        self._left_behind = True
+        self.is_left_behind = True
         self._outcome = None
 
     def _run(self) -> None:
@@ -67,7 +67,7 @@ class Call(Generic[_Result]):
         except BaseException as error:
             self._outcome = error
         self._function = None
-        if self._left_behind:
+        if self.is_left_behind:
             self._outcome = None
 
 
@@ -213,10 +213,12 @@ class Callers:
 
     @property
     def busy(self) -> bool:
-        """Whether a call is under way, or a worker that was left behind has not ended."""
+        """Whether a call or a worker that was left behind has not ended."""
         self._forget_after_fork()
         with self._lock:
-            return bool(self._under_way or self._left_behind)
+            return bool(self._left_behind) or any(
+                isinstance(call, Call) and call.is_left_behind for call in self._under_way
+            )
 
     def _serve(self, calls: queue.SimpleQueue[Call[object]]) -> None:
         while True:
@@ -269,8 +271,7 @@ class DeadlineStore:
 
     @property
     def busy(self) -> bool:
-        """Whether a call is under way, or a worker at work that was left behind: it may be using the buffer it was
-        given."""
+        """Whether a call or a worker that was left behind is still at work: it may be using the buffer it was given."""
         return self._callers.busy
 
     def create(self, name: str, data: Bytes) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastckpt.agreement import Attempt, offer_digest
 from fastckpt.buffers import Pool
 from fastckpt.errors import FastckptError
 from fastckpt.format import value
@@ -28,7 +29,7 @@ from fastckpt.plan.save_plan import COMPARED, KNOWN, LOWEST, OWN, Offer, RankOff
 from fastckpt.repository import repository
 from fastckpt.repository.reader import ArraySink, Snapshot
 from fastckpt.restore import Restores
-from fastckpt.save import Attempt, Labels, Saves, offer_digest
+from fastckpt.save import Labels, Saves
 from fastckpt.storage.store import Store
 from fastckpt.testing.faulty_store import Killed
 from fastckpt.testing.thread_group import MemoryKeyValue, ThreadGroup

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 from fastckpt import save
 from fastckpt.errors import FastckptError
+from fastckpt.repository import pull
 from fastckpt.storage import transfers
 from fastckpt.storage.local import LocalStore
 from tests.crash.numpy_job import OPTIONS, stored_tensors, stored_values
@@ -261,6 +262,7 @@ def run_scenario(
     if stop_before is not None:
         calls.watch()
         save.STREAMS = 1  # so that a call has the same number in each run
+        pull.BATCH_BYTES = 1
     mistake()
     run = LocalRun(directory, lambda number: say("committed", number))
     say("started")

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from fastckpt import save
 from fastckpt.buffers import Pool
-from fastckpt.repository import repository
+from fastckpt.repository import pull, repository
 from fastckpt.storage import transfers
 from fastckpt.storage.local import LocalStore
 from tests.crash import numpy_job
@@ -567,7 +567,7 @@ def main() -> None:
     parser.add_argument("--count", type=int)
     given = parser.parse_args()
     logging.getLogger("fastckpt").setLevel(logging.CRITICAL)
-    save.STREAMS = 1
+    save.STREAMS, pull.BATCH_BYTES = 1, 1  # each chunk by itself
     use_small_buffers()
     scenario = next(scenario for scenario in SCENARIOS if scenario.name == given.scenario)
     disturber = Disturber(scenario, given.directory)

@@ -44,8 +44,10 @@ FATES: tuple[tuple[FateKind, Literal["gone", "back"]], ...] = (("gone", "gone"),
 @pytest.fixture
 def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one writing thread a rank, the number of each rank's operations is the same in every run, and so none is
-    passed over because it had another number when its turn came."""
+    passed over because it had another number when its turn came. Each chunk is written by itself: there are more
+    operations to disturb."""
     monkeypatch.setattr("fastckpt.save.STREAMS", 1)
+    monkeypatch.setattr("fastckpt.repository.pull.BATCH_BYTES", 1)
 
 
 # --- what must hold after a death -------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from fastckpt.repository.chunk_reader import ChunkReader
 from fastckpt.repository.history import History
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.writer import Committer, PackStream
+from fastckpt.request import Request
 
 pytestmark = pytest.mark.distributed
 
@@ -147,7 +148,7 @@ COORDINATOR_PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
 RESTORE_PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "before it calls restore": lambda happen: before(Checkpointer, "restore", happen),
     "after its word on the choice": lambda happen: after_posting("restore-1/choose", happen),
-    "before it plans": lambda happen: before(Checkpointer, "_targets", happen),
+    "before it plans": lambda happen: before(Request, "targets", happen),
     "after its word on the plan": lambda happen: after_posting("restore-1/plan", happen),
     "before it reads": lambda happen: before(ChunkReader, "_fetch", happen),
     "with a chunk in place": lambda happen: after(ChunkReader, "_deliver", happen),

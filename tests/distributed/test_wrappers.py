@@ -170,3 +170,27 @@ def resumes(url: str) -> None:
 
 def test_offloaded_and_mixed_precision_fsdp2_resumes_exactly_in_full_precision(tmp_path: Path) -> None:
     ranks.run(2, resumes, str(tmp_path))
+
+
+def parts_of_a_unit(url: str) -> list[list[str]]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(fully_shard(model, reshard_after_forward=False).parameters(), foreach=False)
+    state = {"body": model[0], "head": model[1], "optimizer": optimizer}
+    inputs = torch.ones(1, 4)
+    model(inputs).sum().backward()
+    optimizer.step()
+    with Checkpointer(url, options=SMALL) as ckpt:
+        ckpt.save(1, state).wait()
+        with torch.no_grad():
+            model(inputs)
+        ckpt.save(2, state).wait()
+        with torch.no_grad():
+            model(inputs)
+        assert ckpt.restore(state, only=["head", "optimizer"]) == 2
+        return [snapshot.keys() for snapshot in ckpt.snapshots()]
+
+
+def test_what_a_unit_left_gathered_that_is_not_in_the_state_is_let_go_of(tmp_path: Path) -> None:
+    before, after = ranks.run(2, parts_of_a_unit, str(tmp_path))[0]
+    assert "optimizer.state.head.weight.exp_avg" in before
+    assert after == before

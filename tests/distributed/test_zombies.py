@@ -24,6 +24,7 @@ from jobs import raw
 import fastckpt
 from fastckpt import AnotherWriter, Checkpointer, Options
 from fastckpt import save as save_flow
+from fastckpt.agreement import Agreements
 from fastckpt.repository import history, verify
 from fastckpt.repository.history import History
 from fastckpt.repository.writer import ChunkWriter, Committer, PackStream
@@ -35,7 +36,7 @@ OPTIONS = Options(chunk_bytes=4096, commit_seconds_max=PATIENT)
 SEEDS = 20
 
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
-    "in the agreement": lambda happen: before(save_flow.Saves, "_on_hello", happen),
+    "in the agreement": lambda happen: before(Agreements, "_on_hello", happen),
     "before it writes a chunk": lambda happen: before(PackStream, "write", happen),
     "before the fsync of a pack": lambda happen: before(_LocalWriter, "finish", happen),
     "before the part": lambda happen: before(save_flow, "write_part", happen),

@@ -1,17 +1,25 @@
-"""Every example does what it says. The demo has tests of its own in ``test_demo.py``."""
+"""Every example does what it says, also where README.md shows it. The demo has tests of its own in ``test_demo.py``."""
 
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+import fastckpt
+from bench.headline import table as headline
+from fastckpt.cli.main import commands
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-ON_ONE_PROCESS = {"loop.py", "callback.py", "read_without_torch.py", "roll_back.py"}
+README = (EXAMPLES.parent / "README.md").read_text()
+ON_ONE_PROCESS = {"loop.py", "callback.py", "read_without_torch.py", "roll_back.py", "topology_sources.py"}
 UNDER_TORCHRUN = {"fsdp2.py", "ddp.py", "dataloader.py", "moe.py"}
 PARTS_OF_THE_DEMO = {"demo.py", "train_lm.py"}
 
@@ -77,6 +85,50 @@ def test_rolling_back_makes_the_last_commit_the_newest(tmp_path: Path) -> None:
             torch.optim.SGD(model.parameters(), lr=0.1 if step < 10 else 0.05).step()
             model.zero_grad()
     assert printed[-1].split()[3] == f"{loss.item():.3g},"
+
+
+def test_kubernetes_the_driver_and_ray_say_where_ranks_are() -> None:
+    printed = run("topology_sources.py").splitlines()
+    assert printed == [
+        "Kubernetes: <Topology of 6 ranks, 3 nodes, 3 racks, 2 zones> {'racks': {'z1': 'r[1-2]', 'z2': 'r3'}}",
+        "NVLink: <Topology of 6 ranks, 3 nodes, 1 supernodes>",
+        "Ray: <Topology of 3 ranks, 3 nodes, 2 supernodes> "
+        "{'nodes': {'nvl-0': 'a[0-1]', 'nvl-1': 'b0'}, 'capacity': '400 GB/s'}",
+    ]
+
+
+def test_the_readme_shows_what_is_planned_for_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((command, shown),) = re.findall(r"^\$ fastckpt (plan .*)\n((?:.*\n)*?)```", README, re.MULTILINE)
+    monkeypatch.chdir(EXAMPLES.parent)
+    planned = CliRunner().invoke(commands, command.split())
+    assert planned.exit_code == 0, planned.output
+    assert planned.stdout == shown
+
+
+def test_the_readme_shows_the_headline_of_the_largest_example() -> None:
+    table = [line for line in headline.table().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in README
+
+
+def test_saves_take_the_topology_and_the_path_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (document,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "topology=" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "gethostname", lambda: "cn017")
+    (tmp_path / "topology.toml").write_text(document)
+    names: dict[str, object] = {"fastckpt": fastckpt, "state": {"model": torch.nn.Linear(4, 4)}}
+    bindings = []
+    for block, url in zip(blocks, ((tmp_path / "topology").as_uri(), (tmp_path / "path").as_uri()), strict=True):
+        assert "file:///tmp/run-42" in block
+        exec(compile(block.replace("file:///tmp/run-42", url), "README.md", "exec"), names)
+        ckpt = names["ckpt"]
+        assert isinstance(ckpt, fastckpt.Checkpointer)
+        if block is blocks[-1]:
+            ckpt.save(1, names["state"])  # type: ignore[arg-type]
+        ckpt.close()
+        bindings.append(fastckpt.open(url).snapshot(1).environment["placement"]["binding"])
+    # The one rank's way is the least of its rank, node and supernode, of which only the last has a capacity.
+    assert bindings == [["supernode"], ["supernode"]]
 
 
 @pytest.mark.distributed

@@ -5,9 +5,9 @@ The oracle splits index ranges one mesh dimension after another, and cuts and bu
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from unittest import mock
@@ -26,9 +26,11 @@ from fastckpt.format.dtype import ITEM_BYTES
 from fastckpt.format.families import Mesh, mesh_of
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, check_layout, decode_layout
-from fastckpt.plan.dealing import Class, Dealer, deal_evenly
+from fastckpt.plan.classes import ChunkedClasses
+from fastckpt.plan.deal import Dealer, Dealt
 from fastckpt.plan.restore_plan import Want, plan_reads, regions
 from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer, plan_save
+from fastckpt.topology.topology import Topology
 
 CHUNK_BYTES = 4096
 
@@ -80,7 +82,7 @@ class Job:
             found[rank] = kinds.setdefault(tuple(offer.key for offer in offers), offer) if by_rule else offer
         return found
 
-    def plan(self, *, by_rule: bool = True, families: bool = True, dealer: Dealer = deal_evenly) -> Layout:
+    def plan(self, *, by_rule: bool = True, families: bool = True, dealer: Dealer | None = None) -> Layout:
         offers, nodes = self.offers(by_rule=by_rule), [0] * self.world_size
         layout, comparisons = plan_save(offers, {}, nodes, CHUNK_BYTES, families=families, dealer=dealer)
         assert comparisons == []
@@ -249,49 +251,62 @@ def test_tensors_of_families_that_would_take_too_much_work_are_listed(job: Job) 
         written(job, layout)
 
 
+class Told(Dealer):
+    """Keeps what it was given, and what it dealt; by lot, if there is one."""
+
+    def __init__(self, job: Job, lot: Random | None = None) -> None:
+        super().__init__(Topology.from_hosts(["a"] * job.world_size).tree(), writers=job.world_size)
+        self._lot = lot
+
+    def deal(self, classes: ChunkedClasses) -> Dealt:
+        self.given, self.dealt = classes, super().deal(classes)
+        if self._lot is not None:
+            runs: list[int] = []
+            for count, holders in zip(classes.chunks.tolist(), np.diff(classes.classes.starts).tolist(), strict=True):
+                cuts = [self._lot.choice([0, count, self._lot.randint(0, count)]) for _ in range(holders - 1)]
+                runs += np.diff([0, *sorted(cuts), count]).tolist()
+            self.dealt = dataclasses.replace(self.dealt, runs=np.array(runs, np.int64))
+        return self.dealt
+
+
+@given(jobs(), st.booleans())
+def test_ranks_write_the_bytes_that_they_were_dealt(job: Job, by_rule: bool) -> None:
+    dealer = Told(job)
+    chunks = Chunks(job.plan(by_rule=by_rule, dealer=dealer))
+    sizes = [chunks.raw_bytes(pieces) for unit in chunks.units() for pieces in chunks.pieces(unit)]
+    runs = [chunks.runs_of(rank) for rank in range(job.world_size)]
+    assert [sum(sum(sizes[run.start : run.stop]) for run in own) for own in runs] == dealer.dealt.written.tolist()
+
+
 @given(jobs())
-def test_holders_of_a_class_write_equal_shares(job: Job) -> None:
-    layout = job.plan()
+def test_holders_of_a_class_write_equal_shares_where_they_hold_nothing_else(job: Job) -> None:
+    dealer = Told(job)
+    layout = job.plan(dealer=dealer)
+    if len(layout.families) != 1:
+        return
     chunks = Chunks(layout)
     sizes = [chunks.raw_bytes(pieces) for unit in chunks.units() for pieces in chunks.pieces(unit)]
+    counts = np.frombuffer(layout.families[0].counts, "<u4").reshape(-1, chunks.spreads[0].replicas)
     first = 0
-    for family in layout.families:
-        others = [axis for axis in range(job.ranks.ndim) if axis not in family.sharded]
-        classes = job.ranks.transpose([*family.sharded, *others]).reshape(
-            -1, math.prod(job.ranks.shape[a] for a in others)
-        )
-        counts = np.frombuffer(family.counts, "<u4").reshape(classes.shape)
-        for ranks, each in zip(classes.tolist(), counts.tolist(), strict=True):
-            shares = []
-            for rank, count in zip(ranks, each, strict=True):
-                assert not count or range(first, first + count) in chunks.runs_of(rank)
-                shares.append(sum(sizes[first : first + count]))
-                first += count
-            largest = max(sizes[first - sum(each) : first], default=0)
-            assert all(abs(share - sum(shares) / len(ranks)) <= largest for share in shares)
+    for each in counts.tolist():
+        shares = []
+        for count in each:
+            shares.append(sum(sizes[first : first + count]))
+            first += count
+        largest = max(sizes[first - sum(each) : first], default=0)
+        writers = max(min(len(each), sum(each)), 1)
+        assert all(not share or abs(share - sum(shares) / writers) <= largest for share in shares)
 
 
 @given(jobs(), st.booleans(), st.randoms(use_true_random=False))
 def test_holders_write_the_runs_that_a_dealer_gives_them(job: Job, by_rule: bool, random: Random) -> None:
-    given_chunks: dict[int, int] = dict.fromkeys(range(job.world_size), 0)
-    given_bytes = 0
-
-    def dealer(classes: Sequence[Class]) -> list[list[int]]:
-        nonlocal given_bytes
-        found = []
-        for each in classes:
-            count = len(each.sizes)
-            cuts = sorted(random.choice([0, count, random.randint(0, count)]) for _ in each.ranks[1:])
-            found.append(np.diff([0, *cuts, count]).tolist())
-            given_bytes += sum(each.sizes)
-            for rank, length in zip(each.ranks, found[-1], strict=True):
-                given_chunks[rank] += length
-        return found
-
+    dealer = Told(job, random)
     layout = job.plan(by_rule=by_rule, dealer=dealer)
     chunks = check_layout(layout, "x")
-    assert given_bytes == layout.bytes()
-    assert {rank: chunks.row_count(rank) for rank in range(job.world_size)} == given_chunks
+    assert int(dealer.given.classes.bytes.sum()) == layout.bytes()
+    given_chunks = np.zeros(job.world_size, np.int64)
+    np.add.at(given_chunks, dealer.given.classes.holders, dealer.dealt.runs)
+    assert [chunks.row_count(rank) for rank in range(job.world_size)] == given_chunks.tolist()
     written(job, layout)
 
 

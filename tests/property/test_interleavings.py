@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from fastckpt import (
     SnapshotExists,
     StorageError,
 )
-from fastckpt.checkpointer import Pending
+from fastckpt.pending import Pending
 from fastckpt.repository.verify import check_history, verify
 from fastckpt.storage.open import open_store
 from fastckpt.storage.store import Bytes, ObjectWriter, Store
@@ -403,25 +403,17 @@ class Program:
     def loop_fails(self) -> None:
         with pytest.raises(LoopFailed) as caught, self.control.flowing(), self.ckpt:
             raise LoopFailed
-        for note in getattr(caught.value, "__notes__", []):
-            untold = [
-                saved.pending.error
-                for saved in self.saves
-                if saved.pending.error is not None and not self._told(saved.pending.error)
-            ]
-            self._raised(next(error for error in untold if note.endswith(f": {error}")))
+        self._noted(getattr(caught.value, "__notes__", [])[:1])  # what follows are the notes of that one
         self.reopen()
 
     def close(self) -> None:
-        """As often as it raises what had not been raised so far."""
-        while True:
+        """Raises what had not been raised so far, all at once."""
+        with self.control.flowing():
             try:
-                with self.control.flowing():
-                    self.ckpt.close()
+                self.ckpt.close()
             except FastckptError as error:
                 self._raised(error)
-            else:
-                return
+            self.ckpt.close()
 
     # --- what the storage does -----------------------------------------------------------------------------------
 
@@ -461,6 +453,14 @@ class Program:
         assert any(saved.pending.error is error for saved in self.saves), f"of no save: {error}"
         assert not any(error is other for other in self.waited), f"raised again, though wait has raised it: {error}"
         self.raised.append(error)
+        self._noted(note for note in getattr(error, "__notes__", []) if "was not saved either" in note)
+
+    def _noted(self, notes: Iterable[str]) -> None:
+        """Failures that an error raised in their place has told of."""
+        for note in notes:
+            failures = [saved.pending.error for saved in self.saves if saved.pending.error is not None]
+            untold = (error for error in failures if not self._told(error))
+            self._raised(next(error for error in untold if note.endswith(f": {error}")))
 
     def _told(self, error: BaseException) -> bool:
         return any(error is other for other in (*self.raised, *self.waited))

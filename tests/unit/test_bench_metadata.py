@@ -14,7 +14,7 @@ import fastckpt
 from bench.metadata import __main__ as bench
 from bench.metadata import jobs
 from bench.metadata.crowd import Crowd
-from fastckpt import save
+from fastckpt import agreement
 from fastckpt.format import document
 from fastckpt.format.decision import VERSION, Format
 from fastckpt.options import Options
@@ -37,7 +37,7 @@ def test_a_node_says_little_when_all_is_alike_and_a_rank_of_another_job_size_rea
     job = jobs.JOBS[name](RANKS, KEYS)
     found = bench.saving(job, str(tmp_path))
     exchanges = by_name(found)
-    for exchange in ("hello", "offers-digests", "content-digests", "commit"):
+    for exchange in ("hello", "topology", "offers-digests", "content-digests", "commit"):
         assert exchanges[exchange]["line_bytes_max"] <= LINE_BYTES_MAX
     assert exchanges["offers"]["line_bytes_median"] <= LINE_BYTES_MAX, "one rank of a kind says it in full"
     assert [one["name"] for one in found["exchanges"]][-2:] == ["hello", "commit"], "nothing has changed"
@@ -89,7 +89,7 @@ def test_a_repository_that_older_readers_know_gets_every_shard_listed(tmp_path: 
 def test_shards_that_are_too_small_for_so_many_get_larger_chunks(tmp_path: Path) -> None:
     job = jobs.hsdp(256, 100)
     usual = saved(job, tmp_path / "usual").chunks
-    with mock.patch.object(save, "AUTO_CHUNKS_MAX", len(usual) // 4):
+    with mock.patch.object(agreement, "AUTO_CHUNKS_MAX", len(usual) // 4):
         fewer = saved(job, tmp_path / "fewer").chunks
     assert len(fewer) <= len(usual) // 4
     assert fewer.layout.chunk_bytes > usual.layout.chunk_bytes

@@ -33,6 +33,7 @@ from fastckpt import (
 )
 from fastckpt import checkpointer as front
 from fastckpt.format import names
+from fastckpt.pending import Pending
 from fastckpt.storage.memory import memory_store
 from fastckpt.testing import FaultyStore
 
@@ -170,12 +171,21 @@ def test_several_ranks_without_a_process_group_are_refused(url: str, monkeypatch
     Checkpointer(url).close()
 
 
-@pytest.mark.parametrize("step", [-1, 1.5, "3", 2**63, True])
+@pytest.mark.parametrize("step", [-1, 1.5, "3", 2**63, 2**70, True])
 def test_a_wrong_step_is_refused_before_anything_happens(url: str, step: Any) -> None:
     with Checkpointer(url) as ckpt:
         with pytest.raises((ValueError, TypeError), match="step"):
             ckpt.save(step, {"x": 1})
+        with pytest.raises((ValueError, TypeError), match="step"):
+            ckpt.restore({"x": 1}, step)
         assert ckpt.snapshots() == []
+
+
+def test_a_step_may_be_any_integer(url: str) -> None:
+    with Checkpointer(url) as ckpt:
+        ckpt.save(np.int64(3), {"x": 1})  # type: ignore[arg-type]
+        ckpt.wait_staged()
+        assert ckpt.restore({"x": 0}, np.int64(3)) == 3  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_of_restore_are_refused(url: str) -> None:
@@ -184,8 +194,14 @@ def test_wrong_arguments_of_restore_are_refused(url: str) -> None:
             ckpt.restore({}, missing="ignore")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="policy='any'"):
             ckpt.restore({}, policy="any")  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="is a list of globs, not a string"):
-            ckpt.restore({}, only="model.*")
+        with pytest.raises(TypeError, match="names in the state are strings"):
+            ckpt.restore({1: 1})  # type: ignore[dict-item]
+        for only in ("model.*", [None], None, 5):
+            with pytest.raises(TypeError, match="is not a list of globs"):
+                ckpt.restore({}, only=only)  # type: ignore[arg-type]
+        for rename in ({"model.": None}, {1: "model."}, [("a.", "b.")]):
+            with pytest.raises(TypeError, match="is not a mapping of prefixes"):
+                ckpt.restore({}, rename=rename)  # type: ignore[arg-type]
 
 
 def test_a_step_is_saved_once_until_a_rollback_makes_room_for_it(url: str) -> None:
@@ -292,6 +308,81 @@ def test_a_failure_is_not_lost_because_the_next_save_was_already_under_way(
     with pytest.raises(OutOfSpace, match="step 1"):
         ckpt.close()
     ckpt.close()
+
+
+def test_a_failure_is_not_lost_because_the_next_save_comes_while_it_is_being_entered(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, url)
+    reached, go_on = threading.Event(), threading.Event()
+    finish = Pending._finish
+
+    def slowly(pending: Pending, error: BaseException | None) -> None:
+        reached.set()
+        assert go_on.wait(SECONDS)
+        finish(pending, error)
+
+    monkeypatch.setattr(Pending, "_finish", slowly)
+    ckpt = Checkpointer(url)
+    ckpt.save(1, {"t": torch.ones(10)})
+    assert reached.wait(SECONDS)
+    ckpt.save(2, {"t": torch.ones(10)})
+    go_on.set()
+    with pytest.raises(OutOfSpace, match="the disk is full"):
+        ckpt.close()
+    ckpt.close()
+
+
+def test_of_several_failures_that_nobody_was_told_of_close_raises_the_first_and_tells_of_the_others(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def late(saves: Any, attempt: Any, offered: Any, pool: Any, trace: Any, on_staged: Any) -> Any:
+        on_staged()
+        assert go_on.wait(SECONDS)
+        raise OutOfSpace(f"the disk was full at step {attempt.step}")
+
+    monkeypatch.setattr(front.Saves, "write", late)
+    note = "fastckpt: step 2 was not saved either: OutOfSpace: the disk was full at step 2"
+    with pytest.raises(OutOfSpace, match="full at step 1") as caught, Checkpointer(url) as ckpt:  # noqa: PT012
+        ckpt.save(1, {"t": torch.ones(10)})
+        ckpt.save(2, {"t": torch.ones(10)})
+        go_on.set()
+    assert caught.value.__notes__ == [note]
+    ckpt.close()
+    with pytest.raises(ZeroDivisionError) as other, Checkpointer(url) as ckpt:  # noqa: PT012
+        go_on.clear()
+        ckpt.save(1, {"t": torch.ones(10)})
+        ckpt.save(2, {"t": torch.ones(10)})
+        go_on.set()
+        _ = 1 / 0
+    first = "fastckpt: the last save did not get through either: OutOfSpace: the disk was full at step 1"
+    assert other.value.__notes__ == [first, note]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_while_the_thread_of_a_save_starts_leaves_no_save_that_never_ends(
+    url: str, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    start = threading.Thread.start
+    interrupts = iter([KeyboardInterrupt()])
+
+    def interrupted(thread: threading.Thread) -> None:
+        error = next(interrupts, None) if thread.name == "fastckpt-save" else None
+        if error is None or moment == "after":
+            start(thread)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with Checkpointer(url) as ckpt:
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.save(1, {"t": torch.ones(10)})
+        assert ckpt.pending is not None
+        ckpt.pending.wait(SECONDS)
+        ckpt.save(2, {"t": torch.ones(10)})
+    assert steps(ckpt) == [1, 2]
 
 
 def test_leaving_the_block_waits_for_the_commit_and_raises_what_went_wrong(

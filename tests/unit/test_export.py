@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fastckpt.agreement import offer_digest
 from fastckpt.buffers import Pool
 from fastckpt.errors import SnapshotDamaged, StateMismatch
 from fastckpt.format.shard import Box
@@ -29,7 +30,7 @@ from fastckpt.repository import chunk_reader
 from fastckpt.repository.export import DTYPES, plan_file, runs, write_file
 from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.repository import Repository
-from fastckpt.save import Labels, Saves, offer_digest
+from fastckpt.save import Labels, Saves
 from fastckpt.storage.local import LocalStore
 from fastckpt.trace import Trace
 

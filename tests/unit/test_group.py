@@ -25,6 +25,7 @@ from fastckpt.group import (
     KeyValueGroup,
     Reply,
     SoloGroup,
+    as_told,
     checked,
     combined,
     decode_many,
@@ -115,15 +116,23 @@ def test_nodes_are_numbered_by_their_lowest_rank() -> None:
     assert ThreadGroup(5, ["z", "a", "z", "m", "a"]).run(lambda group: group.nodes) == [(0, 1, 0, 2, 1)] * 5
 
 
-def test_what_the_leader_raises_is_raised_on_all_members() -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("layer.0: differs"), ValueError("layer.0: differs")),
+        (MemoryError("full"), FastckptError("MemoryError: full")),
+    ],
+    ids=str,
+)
+def test_what_the_leader_raises_is_raised_on_all_members(error: Exception, told: Exception) -> None:
     def work(group: Group) -> bytes:
         def decide(replies: dict[int, Reply]) -> bytes:
-            raise ValueError("layer.0: differs")
+            raise error
 
         return exchange(group, b"", decide)
 
     outcomes = ThreadGroup(3).outcomes(work)
-    assert [(type(outcome), str(outcome)) for outcome in outcomes] == [(ValueError, "layer.0: differs")] * 3
+    assert [(type(outcome), str(outcome)) for outcome in outcomes] == [(type(told), str(told))] * 3
 
 
 @pytest.mark.parametrize("missing", [[2], [1, 3]], ids=str)
@@ -354,10 +363,11 @@ def test_what_is_missing_and_what_failed_survives() -> None:
 @pytest.mark.parametrize(
     "error", [OSError("gone"), KeyError("a"), Killed("now"), KeyboardInterrupt(), ZeroDivisionError("x")]
 )
-def test_errors_of_other_types_become_save_errors_that_name_the_type(error: BaseException) -> None:
+def test_errors_of_other_types_become_errors_of_ours_that_name_the_type(error: BaseException) -> None:
     back = over_the_wire(error)
-    assert type(back) is SaveError
-    assert str(back) == f"{type(error).__name__}: {error}"
+    assert type(back) is FastckptError
+    assert str(back) == str(as_told(error)) == f"{type(error).__name__}: {error}"
+    assert str(combined({3: back})) == f"rank 3 failed: rank 3: {back}"
 
 
 @pytest.mark.parametrize("name", ["Any", "Mapping", "annotations", "_rebuild", "__builtins__"])
@@ -368,7 +378,7 @@ def test_a_name_that_is_no_error_is_not_called(name: str) -> None:
 
 def test_an_error_whose_message_is_not_unicode_still_crosses() -> None:
     """As an OSError's is, when it names a file whose name is not UTF-8."""
-    assert isinstance(over_the_wire(OSError("no such file: \udcff")), SaveError)
+    assert isinstance(over_the_wire(OSError("no such file: \udcff")), FastckptError)
 
 
 def test_replies_of_many_ranks_are_one_message() -> None:

@@ -63,6 +63,32 @@ def test_memory_that_somebody_may_still_use_is_not_given_to_the_next_save() -> N
     memory.close()
 
 
+def test_memory_of_which_a_failed_save_has_not_given_all_back_is_not_given_to_the_next() -> None:
+    memory = StagingMemory(None, 1)
+    first = memory.pool(lambda _: 4096, CPU, in_use=False)
+    slot = first.take()
+    memory.cancel()
+    second = memory.pool(lambda _: 4096, CPU, in_use=False)
+    assert second is not first
+    second.give(second.take())
+    slot.view[:] = bytes(4096)  # still there
+    first.give(slot)
+    memory.close()
+
+
+def test_memory_that_was_still_in_use_goes_at_the_first_save_after_it_is_not() -> None:
+    memory = StagingMemory(None, 1)
+    first = memory.pool(lambda _: 4096, CPU, in_use=False)
+    slot = first.take()
+    second = memory.pool(lambda _: 4096, CPU, in_use=True)
+    assert memory.pool(lambda _: 4096, CPU, in_use=False) is second
+    assert not first._map.closed
+    first.give(slot)
+    assert memory.pool(lambda _: 4096, CPU, in_use=False) is second
+    assert first._map.closed
+    memory.close()
+
+
 def test_memory_is_pinned_once_and_unpinned_before_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,60 @@ def test_a_save_does_not_wait_for_memory_to_be_backed(url: str, monkeypatch: pyt
         ckpt.prepare(state())
         assert begun.wait(20)
         ckpt.save(1, state()).wait(20)
+
+
+def test_an_interrupt_while_its_thread_starts_leaves_no_work_that_a_save_does_not_wait_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    begun, go_on = threading.Event(), threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "fastckpt-prepare":
+            raise KeyboardInterrupt
+
+    def fault(pool: object, is_enough: object) -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr("fastckpt.buffers.Pool.fault", fault)
+    with Checkpointer(url) as ckpt:
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.prepare(state())
+        assert begun.wait(20)
+        pending = ckpt.save(1, state())
+        with pytest.raises(TimeoutError):
+            pending.wait(0.2)  # the memory is in use
+        go_on.set()
+        pending.wait(20)
+
+
+def test_an_interrupt_inside_of_a_lock_that_a_save_takes_does_not_leave_it_held(url: str) -> None:
+    entering, setting = threading.Condition.__enter__.__code__, threading.Event.set.__code__
+
+    def enter(frame: Any, event: str, _: object) -> Any:
+        return leave if frame.f_code is entering and frame.f_back.f_code is setting else None
+
+    def leave(frame: Any, event: str, _: object) -> Any:
+        if event == "return":  # with the lock, and before the caller is where it would give it back
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return leave
+
+    ckpt = Checkpointer(url)
+    ckpt.prepare(state())
+    before = sys.gettrace()
+    sys.settrace(enter)
+    with contextlib.suppress(KeyboardInterrupt):
+        ckpt.save(1, state())
+    sys.settrace(before)
+    last = threading.Thread(target=lambda: ckpt.save(2, state()), daemon=True)
+    last.start()
+    last.join(20)
+    assert not last.is_alive()
+    ckpt.close(20)
 
 
 def test_it_may_be_called_again_and_between_saves(url: str) -> None:

@@ -17,7 +17,7 @@ from fastckpt.buffers import Pool, Slot
 from fastckpt.errors import AttemptAborted, StorageError
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.tables import Rows
-from fastckpt.repository.pull import Pull, pool_bytes, slot_bytes, streams_of
+from fastckpt.repository.pull import BATCH_BYTES, Pull, batch_bytes_of, pool_bytes, slot_bytes, streams_of
 from fastckpt.repository.writer import ChunkWriter
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.memory import MemoryStore
@@ -39,7 +39,7 @@ class Run:
         self.events: list[str] = []
         self.pool = pool
         count = streams_of(sizes, streams, pool)
-        self.writer = ChunkWriter(self.store, ATTEMPT, 0, sizes, codec, Trace(), count)
+        self.writer = ChunkWriter(self.store, ATTEMPT, 0, sizes, codec, Trace(), count, batch_bytes_of(count, pool))
         self.pull = Pull(
             self.writer,
             pool,
@@ -238,7 +238,7 @@ def test_memory_is_given_back_if_the_fence_gives_up_between_two_buffers() -> Non
 
 
 def test_a_copy_made_by_a_worker_that_was_left_behind_is_given_back() -> None:
-    sizes = [5000] * 8
+    sizes = [BATCH_BYTES // 2 + 1] * 3  # a batch each
     store = Gated()
     deadline = DeadlineStore(store, 0.2)
     run = Run(sizes, Pool(pool_bytes(sizes, 1)), deadline, streams=1)

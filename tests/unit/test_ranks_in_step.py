@@ -238,6 +238,16 @@ def test_where_every_rank_finds_damage_all_go_back_together(
     assert ranks.run(restore) == [(1, [1.0]), (1, [1.0])]
 
 
+def test_a_rank_that_does_not_prepare_is_named_by_the_one_that_does(url: str, ranks: Ranks) -> None:
+    def on_rank(rank: int) -> BaseException | None:
+        ckpt = Checkpointer(url, options=dataclasses.replace(OPTIONS, commit_seconds_max=0.5))
+        return outcome(lambda: ckpt.prepare({"t": torch.ones(3)})) if rank == 0 else None
+
+    error, _ = ranks.run(on_rank)
+    assert isinstance(error, CommitTimeout)
+    assert "rank 1 was not heard of while waiting for all ranks to call prepare" in str(error)
+
+
 def test_ranks_that_see_different_directories_under_one_path_all_fail_naming_the_one_that_is_elsewhere(
     tmp_path: Path, ranks: Ranks
 ) -> None:
@@ -280,3 +290,95 @@ def test_ranks_that_ask_for_different_steps_all_raise(url: str, ranks: Ranks) ->
         assert error is not None
         assert "ranks ask for different steps" in str(error)
         assert values == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("ranks_that_err", [(1,), (0, 1)])
+def test_a_step_of_any_kind_of_integer_is_restored_and_one_too_large_is_told_to_all(
+    url: str, ranks: Ranks, ranks_that_err: tuple[int, ...]
+) -> None:
+    options = dataclasses.replace(OPTIONS, commit_seconds_max=20.0)
+
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=options) as ckpt:
+            ckpt.save(np.int64(1), state).wait()
+            error = outcome(lambda: ckpt.restore(state, step=2**70 if rank in ranks_that_err else 1))
+            assert ckpt.restore(state, step=np.int64(1) if rank else 1) == 1
+            return error
+
+    for error in ranks.run(job):
+        assert isinstance(error, ValueError | RestoreError)
+        assert not isinstance(error, CommitTimeout)
+        assert "1180591620717411303424" in str(error)
+
+
+def test_ranks_with_different_policies_all_raise_and_stay_in_step(url: str, ranks: Ranks) -> None:
+    """One alone would go back to the snapshot before where the newest is damaged, and take part in what comes next."""
+
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            ckpt.save(1, state).wait()
+            error = outcome(lambda: ckpt.restore(state, policy="previous" if rank else "strict"))
+            assert ckpt.restore(state, policy="previous") == 1
+            return error
+
+    for error in ranks.run(job):
+        assert isinstance(error, ValueError)
+        assert "by the same policy" in str(error)
+
+
+class Unreadable(dict[str, Any]):
+    def items(self) -> Any:
+        raise AttributeError("not here")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"only": [None]}, {"step": 2**70}, {"state": Unreadable()}], ids=["only", "step", "state"]
+)
+def test_a_restore_that_is_asked_for_wrongly_on_one_rank_fails_on_all_and_the_next_does_not(
+    url: str, ranks: Ranks, wrong: dict[str, Any]
+) -> None:
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            ckpt.save(1, state).wait()
+            error = outcome(lambda: ckpt.restore(**{"state": state, **(wrong if rank == 1 else {})}))
+            assert ckpt.restore(state) == 1
+            return error
+
+    first, second = ranks.run(job)
+    assert isinstance(first, RestoreError)
+    assert "rank 1" in str(first)
+    assert isinstance(second, RestoreError if "state" in wrong else TypeError | ValueError)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("fastckpt.job.state.Describer.describe", SaveError),
+        ("fastckpt.repository.writer.Committer.commit", SaveError),
+        ("fastckpt.repository.repository.Repository.choose", RestoreError),
+        ("fastckpt.repository.reader.Snapshot.read_chunks", RestoreError),
+    ],
+)
+def test_an_error_that_is_none_of_ours_is_raised_as_one_of_the_operation_on_every_rank(
+    url: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, place: str, kind: type[Exception]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no more of it")
+
+    def save(rank: int) -> None:
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            ckpt.save(1, {"w": torch.zeros(3)}).wait()
+
+    def job(rank: int) -> BaseException | None:
+        state = {"w": torch.zeros(3)}
+        with Checkpointer(url, options=OPTIONS) as ckpt:
+            return outcome(lambda: ckpt.save(2, state).wait() if kind is SaveError else ckpt.restore(state))
+
+    ranks.run(save)
+    monkeypatch.setattr(place, fail)
+    for error in ranks.run(job):
+        assert isinstance(error, kind)
+        assert "MemoryError: no more of it" in str(error)

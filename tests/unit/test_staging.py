@@ -19,6 +19,8 @@ from torch.optim import optimizer as torch_optimizer
 
 import fastckpt
 from fastckpt import AttemptAborted, Checkpointer, Options, SaveError
+from fastckpt.job.staging import Staging
+from fastckpt.job.state import Describer
 from fastckpt.storage.memory import memory_store
 from fastckpt.storage.store import Bytes, ObjectWriter, Store
 
@@ -281,6 +283,16 @@ def test_the_next_save_waits_for_the_staging_of_the_one_before_and_both_are_comm
     second.wait(SECONDS)
     first.wait(SECONDS)
     assert job.saved(1) == job.saved(2) == before
+
+
+def test_each_entry_of_the_stream_of_an_accelerator_is_by_an_object_of_its_own() -> None:
+    staging = Staging(Describer().describe({"plain": torch.ones(3)}))
+    device = torch.device("cuda", 0)  # which this machine may not have: streams are told by their numbers
+    stream = torch.Stream(stream_id=3, device_index=0, device_type=1)
+    staging._events[device], staging._streams[device] = None, stream  # type: ignore[assignment]
+    entries = staging.on_stream(device), staging.on_stream(device)
+    assert list(entries) == [stream, stream]
+    assert len({id(stream), *map(id, entries)}) == 3
 
 
 def test_the_fence_of_a_closed_checkpointer_is_gone(tmp_path: Path) -> None:

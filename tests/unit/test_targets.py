@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import fastckpt
-from fastckpt import Checkpointer, Shard, StateMismatch
+from fastckpt import Checkpointer, RestoreError, Shard, Snapshot, StateMismatch
 
 optim = torch.optim
 
@@ -442,6 +442,57 @@ def test_a_tensor_whose_elements_share_memory_is_refused_before_anything_is_chan
     with Checkpointer(url) as ckpt, pytest.raises((StateMismatch, ValueError), match="x: "):
         ckpt.restore({"x": torch.zeros(4).expand(3, 4), "y": y})
     assert y.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("left_bytes", [0, 4096])
+@pytest.mark.parametrize("strides", [(64, 1), (1, 64)])
+def test_a_tensor_without_the_memory_it_says_it_has_is_refused_by_name(
+    url: str, strides: tuple[int, int], left_bytes: int
+) -> None:
+    def emptied() -> torch.Tensor:
+        tensor = torch.ones(64 * 64).as_strided((64, 64), strides)
+        tensor.untyped_storage().resize_(left_bytes)
+        return tensor
+
+    module = nn.Module()
+    module.register_buffer("x", emptied())
+    with Checkpointer(url) as ckpt:
+        for state in ({"x": emptied()}, {"m": module}):
+            with pytest.raises(ValueError, match=r"^(m\.)?x: the memory of its storage has been freed"):
+                ckpt.save(1, state)
+        ckpt.save(1, {"x": torch.ones(64, 64), "y": torch.ones(2)}).wait()
+        y = torch.zeros(2)
+        with pytest.raises(ValueError, match=r"^x: the memory of its storage has been freed"):
+            ckpt.restore({"x": emptied(), "y": y})
+    assert not y.any()
+
+
+@pytest.mark.parametrize("strides", [(64, 1), (1, 64)])
+def test_memory_that_is_taken_from_a_tensor_while_it_is_restored_is_not_written(
+    url: str, strides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(url, {"x": torch.ones(64, 64)})
+    target = torch.zeros(64 * 64).as_strided((64, 64), strides)
+    read_chunks = Snapshot.read_chunks
+
+    def read(*arguments: Any) -> None:
+        target.untyped_storage().resize_(4096)
+        read_chunks(*arguments)
+
+    monkeypatch.setattr(Snapshot, "read_chunks", read)
+    with Checkpointer(url) as ckpt, pytest.raises(RestoreError, match=r"^x lost memory of its storage"):
+        ckpt.restore({"x": target})
+
+
+def test_a_tensor_of_zeros_without_memory_is_saved_and_not_written(url: str) -> None:
+    module = nn.Module()
+    module.x = nn.Parameter(torch._efficientzerotensor(64))
+    with Checkpointer(url) as ckpt:
+        ckpt.save(1, {"m": module}).wait()
+        assert not ckpt.snapshots()[0].read("m.x").any()
+        ckpt.save(2, {"x": torch.ones(64)}).wait()
+    with Checkpointer(url) as ckpt, pytest.raises(RestoreError, match="ZeroTensors are immutable"):
+        ckpt.restore({"x": torch._efficientzerotensor(64)})
 
 
 def test_an_extra_state_of_a_module_goes_back_to_it(url: str) -> None:

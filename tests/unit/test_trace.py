@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import fastckpt
 from fastckpt import Checkpointer, Options
 from fastckpt.job.profile import profile_range
 from fastckpt.testing import ThreadGroup
-from fastckpt.trace import Trace
+from fastckpt.trace import Trace, _Streams
 
 SECONDS = 20.0
 """Longest wait for something that is going to happen."""
@@ -117,6 +119,39 @@ def test_spans_of_one_length_are_bounded_too(clock: Clock, monkeypatch: pytest.M
     for _ in range(1000):
         clock.spend(trace, "write", 7)
     assert 50 <= len(trace.spans()) <= 100
+
+
+def in_thread(name: str, work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    thread.join()
+
+
+def numbers(trace: Trace) -> dict[str, int]:
+    """By the name of a thread its number in the timeline."""
+    events = trace.timeline(1)["traceEvents"]
+    return {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
+
+
+def test_threads_have_one_number_in_all_traces_and_names_that_do_not_come_again_are_forgotten(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastckpt.trace._streams", _Streams())
+    monkeypatch.setattr("fastckpt.trace.STREAMS_MAX", 3)
+    monkeypatch.setattr("fastckpt.trace.SPANS_MAX", 100)
+
+    def traced(*threads: str) -> Trace:
+        trace = Trace()
+        for length, thread in enumerate(threads, 1):
+            in_thread(thread, functools.partial(clock.spend, trace, "read", length))
+        return trace
+
+    first = traced("one", "two", "three")
+    assert numbers(traced("three", "one")).items() <= numbers(first).items()
+    many = traced(*(f"other {number}" for number in range(300)))
+    assert numbers(first).keys() == {"one", "two", "three"}, "a trace keeps the names of its own"
+    assert numbers(many).keys() == {span.stream for span in many.spans()} == many._streams.keys() - {""}
+    assert numbers(traced("one"))["one"] > max(numbers(many).values()), "forgotten"
 
 
 def test_a_timeline_is_what_viewers_read(clock: Clock) -> None:
@@ -244,7 +279,10 @@ def test_the_checkpointer_tells_of_its_last_restore_and_a_snapshot_of_what_was_r
         assert ckpt.restore(state) == 1
         assert ckpt.restored is not None
         assert ckpt.restored.step == 1
-        assert ckpt.restored.counters["place_bytes"] == ckpt.restored.counters["verify_bytes"] == 12000
+        counters = ckpt.restored.counters
+        assert counters["place_bytes"] == counters["verify_bytes"] == 12000
+        ckpt.restored.read("weight")
+        assert ckpt.restored.counters == counters, "they are the restore's"
         with pytest.raises(fastckpt.StateMismatch):
             ckpt.restore({"bias": torch.zeros(2)})
         assert ckpt.restored is None, "it failed"

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from fastckpt.agreement import Attempt, offer_digest
 from fastckpt.buffers import Pool
 from fastckpt.errors import StorageError
 from fastckpt.format import names, pack, value
@@ -21,7 +22,7 @@ from fastckpt.plan.save_plan import KNOWN, Offer, RankOffer
 from fastckpt.repository.chunk_reader import READ_THREADS
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.verify import Damage, Progress, readable_snapshots, strays, verify
-from fastckpt.save import Attempt, Labels, Saves, offer_digest
+from fastckpt.save import Labels, Saves
 from fastckpt.storage.local import LocalStore
 from fastckpt.storage.store import Store
 from fastckpt.testing import FaultyStore, ThreadGroup

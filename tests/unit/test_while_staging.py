@@ -200,6 +200,23 @@ def test_a_change_after_the_save_and_before_staging_is_detected(url: str, gate: 
     assert fastckpt.open(url).snapshots() == []
 
 
+@pytest.mark.parametrize("left_bytes", [0, 4096])
+@pytest.mark.parametrize("strides", [(64, 1), (1, 64)])
+def test_memory_that_is_taken_from_a_tensor_before_staging_is_not_read(
+    url: str, gate: Gate, strides: tuple[int, int], left_bytes: int
+) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(64 * 64).as_strided((64, 64), strides))
+    ckpt = Checkpointer(url, options=Options())  # one chunk: of a whole tensor torch checks no copy
+    gate.shut()
+    pending = ckpt.save(1, {"model": module})
+    module.weight.untyped_storage().resize_(left_bytes)
+    gate.open()
+    with pytest.raises(SaveError, match=r"^model\.weight lost memory of its storage while it was being staged"):
+        pending.wait(SECONDS)
+    ckpt.close()
+
+
 @pytest.mark.parametrize("glob", ["m.a.*", "m.b.*"])
 def test_a_tied_tensor_is_copied_if_a_glob_fits_any_of_its_keys(url: str, gate: Gate, glob: str) -> None:
     module = Tied()
@@ -308,6 +325,44 @@ assert model.weight.tolist() == expected
 assert pending.snapshot.read("model.weight").tolist() == expected
 print("child", os.waitstatus_to_exitcode(status))
 """
+
+
+FORKS_INSIDE = """
+import os, signal, sys, threading, torch, fastckpt
+from fastckpt import checkpointer as front
+
+torch.set_num_threads(1)
+go_on, write = threading.Event(), front.Saves.write
+
+def late(*arguments):
+    assert go_on.wait(60)
+    return write(*arguments)
+
+front.Saves.write = late
+state = {"t": torch.ones(3)}
+with fastckpt.Checkpointer(sys.argv[1]) as ckpt:
+    ckpt.save(1, state)
+    if os.fork() == 0:
+        signal.alarm(20)
+        for call in (lambda: ckpt.save(2, state), lambda: ckpt.prepare(state), lambda: ckpt.restore(state)):
+            try:
+                call()
+            except fastckpt.SaveError as error:
+                assert "the process that forked this one" in str(error)
+            else:
+                sys.exit(1)
+        ckpt.close()
+        sys.exit(7)
+    _, status = os.wait()
+    go_on.set()
+print("child", os.waitstatus_to_exitcode(status), [each.step for each in fastckpt.open(sys.argv[1]).snapshots()])
+"""
+
+
+def test_a_forked_child_cannot_save_and_leaves_the_block_without_waiting_for_its_parents_save(tmp_path: Path) -> None:
+    result = run(FORKS_INSIDE, str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "child 7 [1]\n"
 
 
 def test_a_forked_child_may_step_and_exit_while_a_save_is_under_way(tmp_path: Path) -> None:

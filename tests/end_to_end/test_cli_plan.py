@@ -1,0 +1,269 @@
+"""``fastckpt plan`` as an operator meets it: what it shows, what it draws, and what it says of wrong input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import fastckpt
+from fastckpt.cli.main import commands
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+TOPOLOGY = """
+[rank]
+capacity = "2 MB/s"
+
+[node]
+count = 16
+ranks = 1
+
+[supernode]
+nodes = "8,4,2,2"
+capacity = "12.5 MB/s"
+
+[storage]
+capacity = "40 MB/s"
+"""
+
+LAYOUT = "ranks = 16\n" + "".join(
+    f'[[shards]]\nbytes = "1 MB"\ncount = 8\nholders = "{one},{one + 4},{one + 8},{one + 12}"\n' for one in range(4)
+)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    topology, layout = tmp_path / "topology.toml", tmp_path / "layout.toml"
+    topology.write_text(TOPOLOGY)
+    layout.write_text(LAYOUT)
+    return topology, layout
+
+
+def plan(topology: object, layout: object, *more: object) -> Result:
+    arguments = ["plan", "--topology", str(topology), "--layout", str(layout), *map(str, more)]
+    return CliRunner().invoke(commands, arguments)
+
+
+def document(*arguments: object) -> Any:
+    result = plan(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def rows(result: Result, title: str) -> list[list[str]]:
+    """The cells of the table whose first column is called so."""
+    lines = iter(result.stdout.splitlines())
+    next(line for line in lines if line.split()[:1] == [title])
+    found = []
+    for line in lines:
+        if not line:
+            break
+        found.append([cell.strip() for cell in line.split("  ") if cell.strip()])
+    return found
+
+
+# --- what it shows -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_shown_with_its_proof_and_beside_what_others_take(files: tuple[Path, Path]) -> None:
+    result = plan(*files)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"topology     {files[0]}: 16 ranks, 16 nodes, 4 supernodes"
+    assert lines[1] == f"layout       {files[1]}: 30.5 MiB, of which several ranks hold 30.5 MiB (4 sets of ranks)"
+    shown = dict(line.split(None, 1) for line in lines[2:6])
+    # 32 MB by the uplink of supernode 0 and by all ranks elsewhere: 12.5 + 8 x 2 MB/s.
+    assert shown["bound"] == "1.123 s: no placement is faster"
+    assert float(shown["gap"].rstrip("%")) <= 0.5
+    assert shown["binding"] == "rank 8, rank 9, rank 10, rank 11 and 4 more (16 MB/s); supernode 0 (12.5 MB/s)"
+    supernodes = rows(result, "supernode")
+    assert [row[:3] for row in supernodes] == [["0", "8", "8"], ["1", "4", "4"], ["2 to 3, each", "2", "2"]]
+    placements = {row[0]: row[1:] for row in rows(result, "placement")}
+    assert placements["planned"][1] == "1.00"
+    assert placements["first replica"][0] == placements["first replica"][2] == "4 s"
+    assert placements["first replica"][3:] == ["4", "1"]
+    assert placements["even per replica"][0] == "1.28 s"
+    assert list(placements) == [
+        "planned",
+        "even per replica",
+        "whole shards, greedily",
+        "first replica",
+        "crowded supernodes",
+        "a writer every 64 ranks",
+    ]
+
+
+def test_the_document_adds_up(files: tuple[Path, Path]) -> None:
+    found = document(*files)
+    assert found["topology"]["edges"] == {"rank": 16, "node": 16, "supernode": 4, "storage": 1}
+    assert found["layout"]["bytes"] == found["layout"]["shared_bytes"] == 32_000_000
+    assert found["level"] == "supernode"
+    assert sum(group["bytes"] for group in found["groups"]) == 32_000_000
+    assert [group["ranks"] for group in found["groups"]] == [8, 4, 2, 2]
+    assert found["bound_seconds"] <= found["makespan_seconds"] <= found["bound_seconds"] * 1.005
+    planned, *others = found["placements"]
+    assert planned["makespan_seconds"] == found["makespan_seconds"]
+    for other in others:
+        assert other["makespan_seconds"] >= found["bound_seconds"]
+        assert other["times_planned"] == pytest.approx(other["makespan_seconds"] / found["makespan_seconds"])
+        assert other["simulated_seconds"] >= other["makespan_seconds"] * 0.999
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (EXAMPLES / "layouts").iterdir()))
+def test_an_example_is_planned_within_half_a_percent_and_nobody_is_faster(name: str) -> None:
+    found = document(EXAMPLES / f"topologies/{name}.toml", EXAMPLES / f"layouts/{name}.toml")
+    assert found["gap"] <= 0.005
+    assert all(other["times_planned"] >= 0.995 for other in found["placements"])
+    assert found["placements"][3]["times_planned"] > 1.5
+
+
+def test_without_capacities_there_is_no_time_but_a_ratio(files: tuple[Path, Path]) -> None:
+    files[0].write_text("[node]\ncount = 16\nranks = 1\n")
+    result = plan(*files)
+    assert "makespan     ?, no capacity is known; all ranks count as equally fast" in result.stdout
+    assert ["first replica", "?", "4.00", "?", "4", "4"] in rows(result, "placement")
+    found = document(*files)
+    assert found["makespan_seconds"] is found["bound_seconds"] is None
+    assert found["placements"][3]["times_planned"] == pytest.approx(4)
+
+
+def test_long_tables_are_cut_and_verbose_ones_are_not(tmp_path: Path) -> None:
+    topology, layout = tmp_path / "t.toml", tmp_path / "l.toml"
+    topology.write_text('[rank]\ncapacity = "1 MB/s"\n[node]\ncount = 60\nranks = 1\n')
+    layout.write_text(
+        "ranks = 60\n" + "".join(f'[[shards]]\nbytes = {1000 * (n + 1)}\nholders = "{n}"\n' for n in range(60))
+    )
+    result = plan(topology, layout)
+    assert len(rows(result, "node")) == 40
+    assert "and 20 rows more" in result.stderr
+    assert "every byte has one holder that is known, so there is nothing to choose\n" in result.stderr
+    assert len(rows(plan(topology, layout, "-v"), "node")) == 60
+
+
+# --- a repository --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "repository"
+    with fastckpt.Checkpointer(str(path), options=fastckpt.Options(chunk_bytes=4096)) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"w": torch.zeros(1000 * step), "epoch": step})
+    return path
+
+
+def test_a_snapshot_is_planned_as_far_as_it_tells_who_held_what(tmp_path: Path, repository: Path) -> None:
+    topology = tmp_path / "t.toml"
+    topology.write_text('[node]\ncount = 1\nranks = 1\ncapacity = "1 kB/s"\n')
+    assert document(topology, repository)["layout"]["bytes"] == 8000
+    assert document(topology, repository)["makespan_seconds"] == 8
+    assert document(topology, repository, "--step", 1)["layout"]["bytes"] == 4000
+    told = "a snapshot says who wrote what, and who else held it only of tensors on a mesh"
+    assert told in plan(topology, repository).stderr
+    assert plan(topology, repository, "--step", 7).exit_code == 13
+    assert plan(topology, tmp_path / "nothing").exit_code == 10
+
+
+# --- what is wrong -------------------------------------------------------------------------------------------------
+
+
+def refused(topology: object, layout: object, *more: object) -> str:
+    result = plan(topology, layout, *more)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    return result.stderr.splitlines()[0]
+
+
+def test_wrong_input_is_told_with_file_line_and_field(files: tuple[Path, Path], tmp_path: Path) -> None:
+    topology, layout = files
+    other = tmp_path / "other.toml"
+    other.write_text(TOPOLOGY.replace("12.5 MB/s", "-1 MB/s"))
+    assert f"{other}:11: supernode.capacity" in refused(other, layout)
+    other.write_text(LAYOUT.replace("count = 8", "count = 0", 1))
+    assert f"{other}:4: shards.count is 0: give a whole number" in refused(topology, other)
+    other.write_bytes(b"ranks = 1 # \xff")
+    assert f"{other}: byte 12 is not UTF-8" in refused(topology, other)
+    other.write_bytes(b" " * (16 * 2**20 + 1))
+    assert "more than 16.0 MiB is no layout file" in refused(topology, other)
+    assert f"--step is for a repository, and {layout} is a file" in refused(topology, layout, "--step", 3)
+    assert "does not exist" in refused(tmp_path / "nothing.toml", layout)
+
+
+def test_different_jobs_in_topology_and_layout_are_told(files: tuple[Path, Path]) -> None:
+    files[1].write_text(LAYOUT.replace("ranks = 16", "ranks = 17"))
+    message = refused(*files)
+    assert f"{files[0]} has 16 ranks and {files[1]} has 17" in message
+    assert "describe the same job in both" in message
+
+
+# --- the picture ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in refused(*files, "--plot", tmp_path / "plot.png")
+    assert "plot.jpg does not end in .png, .svg, .pdf" in refused(*files, "--plot", tmp_path / "plot.jpg")
+
+
+def test_a_plot_shows_the_bytes_of_each_supernode_of_each_placement(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given to matplotlib; it is no dependency of the tests."""
+    drawn: dict[str, Any] = {}
+
+    class Figure:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def add_subplot(self) -> Figure:
+            return self
+
+        def stairs(self, values: Any, borders: Any, *, label: str, **_: object) -> None:
+            assert len(borders) == len(values) + 1
+            drawn[label] = np.array(values)
+
+        def savefig(self, path: str, **_: object) -> None:
+            drawn["path"] = path
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    matplotlib, figure = ModuleType("matplotlib"), ModuleType("matplotlib.figure")
+    figure.Figure = Figure  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", figure)
+    result = plan(*files, "--plot", tmp_path / "plot.svg")
+    assert result.exit_code == 0, result.output
+    assert f"drawn to {tmp_path / 'plot.svg'}" in result.stderr
+    assert drawn.pop("path") == str(tmp_path / "plot.svg")
+    assert len(drawn) == 6
+    assert all(values.sum() == pytest.approx(0.032) for values in drawn.values())
+    (first,) = (values for label, values in drawn.items() if label.startswith("first replica: 4 s (3.5"))
+    assert first.tolist() == pytest.approx([0.032, 0, 0, 0])
+
+
+def test_a_plot_is_drawn(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert plan(*files, "--plot", tmp_path / "plot.png").exit_code == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_planning_does_not_load_torch(files: tuple[Path, Path]) -> None:
+    code = (
+        "import sys; from fastckpt.cli.main import commands\n"
+        f"try: commands(['plan', '--topology', {str(files[0])!r}, '--layout', {str(files[1])!r}])\n"
+        "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
