@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -144,6 +145,27 @@ def test_the_knee_is_that_of_a_published_curve() -> None:
     profile = Profile(stream_bytes_per_second=0.645e9, bytes_per_second=6e9)
     rates = [1e9 / profile.seconds(10**9, writers, 0) / 1e9 for writers in (1, 24, 48)]
     assert rates == pytest.approx([0.61, 5.55, 5.97], abs=0.01)
+
+
+def test_classes_whose_chunks_are_alike_are_dealt_as_if_each_was_listed() -> None:
+    random = np.random.default_rng(5)
+    holders = np.stack([random.choice(40, 4, replace=False) for _ in range(60)])
+    kinds = [np.array([3, 1, 4, 1, 5]) * MIB, np.array([9, 2]) * MIB, np.array([6] * 40) * MIB]
+    kind_of = random.integers(0, 3, 60)
+    listed = of_sizes([(ranks, kinds[kind].tolist()) for ranks, kind in zip(holders.tolist(), kind_of, strict=True)])
+    alike = [(np.flatnonzero(kind_of == kind), sizes) for kind, sizes in enumerate(kinds)]
+    found = [Dealer(flat(40)).deal(classes) for classes in (listed, dataclasses.replace(listed, alike=alike))]
+    assert found[0].runs.tolist() == found[1].runs.tolist()
+    assert found[0].written.tolist() == found[1].written.tolist()
+
+
+def test_holders_that_are_not_in_the_tree_are_refused() -> None:
+    with pytest.raises(ValueError, match="rank 4 holds bytes and is not in the tree, which has 4 ranks"):
+        Dealer(flat(4)).deal(of_sizes([([4], [MIB]), ([0, 1], [MIB])]))
+
+
+def test_classes_without_bytes_are_dealt() -> None:
+    assert written(Dealer(flat(40)), (range(40), []), (range(20), []), ([3], [MIB])) == [0] * 3 + [MIB] + [0] * 36
 
 
 # --- rates ---------------------------------------------------------------------------------------------------------
