@@ -195,10 +195,9 @@ class Crowd:
         attempt = self._attempt
         common = {digest for _, digest in attempt.values}
         blobs = [blob for name, blob in values.items() if digests[name] not in common]
-        size = sum(info.size for info in table.packs)
-        return msgspec.msgpack.encode(
-            save._Written(attempt.id, attempt.agreed.digest, table, blobs, size, size, RATES[rank * 7919 % 41])
-        )
+        size, rate = sum(info.size for info in table.packs), RATES[rank * 7919 % len(RATES)]
+        written = save._Written(attempt.id, attempt.agreed.digest, table, blobs, size, size, rate)
+        return msgspec.msgpack.encode(written)
 
     def _values(self, rank: int) -> Mapping[str, bytes]:
         if self.values is not None:
