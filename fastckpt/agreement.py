@@ -17,7 +17,7 @@ import msgspec
 from fastckpt.buffers import Source
 from fastckpt.errors import FastckptError, LimitExceeded
 from fastckpt.format import document
-from fastckpt.format.chunk import CHUNK_BYTES_MAX, chunk_hash
+from fastckpt.format.chunk import CHUNK_BYTES_MAX, CHUNKS_MAX, chunk_hash
 from fastckpt.format.decision import COMPACT, Format
 from fastckpt.format.shard import Box
 from fastckpt.format.tables import Chunks, Layout, Piece, decode_layout
@@ -34,7 +34,6 @@ from fastckpt.plan.save_plan import (
     keys_to_digest,
     offered_bytes,
     plan_save,
-    planned_chunks,
 )
 from fastckpt.repository import pull, repository
 from fastckpt.repository.writer import Committer
@@ -398,15 +397,20 @@ class Agreements:
             is_free = is_free and grid.chunk_bytes < CHUNK_BYTES_MAX
             try:
                 layout, comparisons = plan_save(
-                    offers, digests, self._nodes, grid.chunk_bytes, families=grid.compact, dealer=self.dealer
+                    offers,
+                    digests,
+                    self._nodes,
+                    grid.chunk_bytes,
+                    families=grid.compact,
+                    chunks_max=AUTO_CHUNKS_MAX if is_free else CHUNKS_MAX,
+                    dealer=self.dealer,
                 )
             except LimitExceeded:
                 if not is_free:
                     raise
             else:
-                if not is_free or planned_chunks(layout) <= AUTO_CHUNKS_MAX:
-                    self._planned = grid
-                    return Agreement(document.pack_table(layout), comparisons)
+                self._planned = grid
+                return Agreement(document.pack_table(layout), comparisons)
             # Shards are too small for so many: in larger chunks more of them are bundled.
             grid = grid._replace(chunk_bytes=2 * grid.chunk_bytes)
 

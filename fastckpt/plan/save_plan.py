@@ -106,12 +106,6 @@ def auto_chunk_bytes(state_bytes: int) -> int:
     return size
 
 
-def planned_chunks(layout: Layout) -> int:
-    """The number of chunks of a layout that ``plan_save`` made."""
-    families = (int(np.frombuffer(family.counts, "<u4").sum()) for family in layout.families)
-    return sum(count for _, count in layout.writers) + sum(families)
-
-
 def offered_bytes(offers: Mapping[int, RankOffer]) -> int:
     """Logical bytes of everything offered, each key once."""
     different = {id(rank): rank for rank in offers.values()}
@@ -187,7 +181,7 @@ _T = TypeVar("_T", Box, tuple[Box, ...])
 def keys_to_digest(offers: Mapping[int, RankOffer], world_size: int) -> list[str]:
     """Sorted keys of tensors that several ranks hold, and that are not known to be equal wherever they are held:
     ``plan_save`` is to be given digests of these."""
-    return _Plan(_kinds(offers, {}), [0] * world_size, 0, True).to_digest()
+    return _Plan(_kinds(offers, {}), [0] * world_size).to_digest()
 
 
 def plan_save(
@@ -197,6 +191,7 @@ def plan_save(
     chunk_bytes: int,
     *,
     families: bool = True,
+    chunks_max: int = CHUNKS_MAX,
     dealer: Dealer | None = None,
 ) -> tuple[Layout, list[Comparison]]:
     """The layout of a save, and what has to be compared before each save that uses it.
@@ -205,11 +200,11 @@ def plan_save(
     different offers and digests, and not with that of the ranks times tensors. ``digests`` holds, for each rank, a
     digest of the whole content of every tensor that ``keys_to_digest`` names. Without ``families`` all shards are
     listed. ``dealer`` chooses who writes what several ranks hold; without one, all ranks are taken for equal.
-    ``LimitExceeded`` for more chunks than a layout may have. ``ValueError`` naming key and ranks if ranks disagree
+    ``LimitExceeded`` for more than ``chunks_max`` chunks. ``ValueError`` naming key and ranks if ranks disagree
     about a tensor, or do not hold all of it.
     """
     dealer = dealer or Dealer(Topology.from_hosts([str(node) for node in nodes]).tree())
-    return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families).make(dealer)
+    return _Plan(_kinds(offers, digests), nodes, chunk_bytes, families, chunks_max).make(dealer)
 
 
 def _kinds(offers: Mapping[int, RankOffer], digests: Mapping[int, Mapping[str, bytes]]) -> list[_Kind]:
@@ -230,11 +225,19 @@ def _held(kinds: Iterable[_Kind]) -> dict[str, _Holders]:
 
 
 class _Plan:
-    def __init__(self, kinds: list[_Kind], nodes: Sequence[int], chunk_bytes: int, families: bool) -> None:
+    def __init__(
+        self,
+        kinds: list[_Kind],
+        nodes: Sequence[int],
+        chunk_bytes: int = 0,
+        families: bool = True,
+        chunks_max: int = CHUNKS_MAX,
+    ) -> None:
         self._kinds = kinds
         self._nodes = nodes
         self._chunk_bytes = chunk_bytes
         self._families = families
+        self._chunks_max = chunks_max
         self._classes = _Classes()
         self._meshes = _Meshes(len(nodes))
         self._keys: list[_Identity] = []
@@ -281,9 +284,11 @@ class _Plan:
                 raise ValueError(
                     f"{identity[0]}: tied to {to[0]}, of which ranks differ in what they hold. {_WAYS_OUT}"
                 )
-        spreads = self._make_families()
+        spreads, count = self._make_families()
         layout, listed = self._lay_out(aliases)
-        classes = of_layout(Chunks(layout), listed, spreads)
+        chunks = Chunks(layout)
+        self._check_count(chunks.listed + count)
+        classes = of_layout(chunks, listed, spreads)
         writers, counts = as_written(classes, dealer.deal(classes).runs, spreads)
         families = [
             msgspec.structs.replace(spread.family, counts=each) for spread, each in zip(spreads, counts, strict=True)
@@ -429,9 +434,16 @@ class _Plan:
         )
         return layout, class_units
 
-    def _make_families(self) -> list[Spread]:
-        """The families of the tensors that are split by rule. Those that would take a reader too much work to check are
-        listed instead."""
+    def _check_count(self, chunks: int) -> None:
+        if chunks > self._chunks_max:
+            raise LimitExceeded(
+                f"the state takes more than {self._chunks_max} chunks of up to {self._chunk_bytes} bytes; save to a "
+                "new repository, with a larger Options(chunk_bytes)"
+            )
+
+    def _make_families(self) -> tuple[list[Spread], int]:
+        """The families of the tensors that are split by rule, and the number of their chunks. Those that would take a
+        reader too much work to check are listed instead."""
         number = {identity: position for position, identity in enumerate(self._keys)}
         found: list[Spread] = []
         work = holding = chunks = 0
@@ -459,13 +471,9 @@ class _Plan:
                 continue
             work, holding = work + spread.work, holding + spread.ranks.size
             chunks += int(spread.totals().sum())
-            if chunks > CHUNKS_MAX:
-                raise LimitExceeded(
-                    f"the state takes more than {CHUNKS_MAX} chunks of up to {self._chunk_bytes} bytes; save to a new "
-                    "repository, with a larger Options(chunk_bytes)"
-                )
+            self._check_count(chunks)
             found.append(spread)
-        return found
+        return found, chunks
 
 
 class _Meshes:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
+from fastckpt.errors import LimitExceeded
 from fastckpt.format.chunk import CHUNK_BYTES_MAX, CHUNKS_MAX
+from fastckpt.format.families import mesh_of
 from fastckpt.format.tables import SHARED, Chunks, Layout, check_layout
 from fastckpt.plan.save_plan import (
     COMPARED,
@@ -55,6 +58,15 @@ def refused(*ranks: list[Offer], digests: dict[int, dict[str, bytes]] | None = N
     with pytest.raises(ValueError) as caught:
         plan(*ranks, digests=digests)
     return str(caught.value)
+
+
+def test_more_chunks_than_allowed_are_refused_listed_ones_and_those_of_meshes_together() -> None:
+    tensors = [Offer("a", "float32", [4096], [], KNOWN, 0, "", 0, [(0, 0)]), offer("b", [4096], sharing=KNOWN)]
+    offers = dict.fromkeys(range(2), RankOffer(tensors, [[0, 1]], [mesh_of(np.arange(2))]))
+    layout, _ = plan_save(offers, {}, [0, 0], 4096, chunks_max=8)
+    assert len(check_layout(layout, "x")) == 8
+    with pytest.raises(LimitExceeded, match="more than 7 chunks of up to 4096 bytes"):
+        plan_save(offers, {}, [0, 0], 4096, chunks_max=7)
 
 
 def writers_of(layout: Layout, key: str) -> set[int]:
