@@ -15,7 +15,12 @@ import torch
 from click.testing import CliRunner, Result
 
 import fastckpt
+from bench.metadata import jobs
+from bench.metadata.crowd import Crowd
 from fastckpt.cli.main import commands
+from fastckpt.save import Saves
+from fastckpt.storage.local import LocalStore
+from fastckpt.trace import Trace
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -171,6 +176,23 @@ def test_a_snapshot_is_planned_as_far_as_it_tells_who_held_what(tmp_path: Path, 
     assert told in plan(topology, repository).stderr
     assert plan(topology, repository, "--step", 7).exit_code == 13
     assert plan(topology, tmp_path / "nothing").exit_code == 10
+
+
+def test_of_a_snapshot_of_tensors_on_a_mesh_all_is_known_whoever_wrote_them(tmp_path: Path) -> None:
+    """64 copies of 4 shards; what is listed, steps of optimizers, the coordinator wrote."""
+    job = jobs.hsdp(256, 100)
+    crowd, path = Crowd(job.offers(), job.nodes), tmp_path / "repository"
+    saves = Saves(LocalStore(str(path)), crowd, fastckpt.Options(writers=2))
+    crowd.begin(1, saves)
+    crowd.commit(saves.agree(1, crowd.kinds[0], Trace()))
+    (tmp_path / "t.toml").write_text("[node]\ncount = 32\nranks = 8\n")
+    found = document(tmp_path / "t.toml", path)
+    layout = fastckpt.open(str(path)).snapshot().layout
+    steps = sum(4 for key in layout.keys if key.endswith(".step"))
+    assert found["layout"]["sets"] == 4
+    assert found["layout"]["shared_bytes"] == layout.bytes() - steps
+    assert found["layout"]["bytes"] == layout.bytes()
+    assert found["placements"][0]["writers"] == 256
 
 
 # --- what is wrong -------------------------------------------------------------------------------------------------
