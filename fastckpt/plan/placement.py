@@ -285,10 +285,10 @@ def _first_cut(job: _Job) -> _Cut:
 
 
 def phases(count: int) -> Floats:
-    """Numbers in [0, 1) of which any that follow each other are far apart: 0, 1/2, 1/4, 3/4, 1/8, ... (van der Corput
+    """Numbers in (0, 1) of which any that follow each other are far apart: 1/2, 1/4, 3/4, 1/8, ... (van der Corput
     1935)."""
     phases = np.zeros(count)
-    numbers = np.arange(count)
+    numbers = np.arange(1, count + 1)
     digit = 0.5
     while numbers.any():
         phases += digit * (numbers & 1)

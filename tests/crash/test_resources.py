@@ -72,7 +72,7 @@ def test_a_file_system_that_turns_read_only_at_any_moment_loses_nothing_and_serv
 
 @pytest.mark.root
 @pytest.mark.usefixtures("need_root")
-@pytest.mark.parametrize(("limit", "least"), [("file-size", 20), ("open-files", 10), ("memory", 1)])
+@pytest.mark.parametrize(("limit", "least"), [("file-size", 20), ("open-files", 20), ("memory", 1)])
 def test_a_limit_of_the_process_fails_saves_and_neither_ends_nor_harms_it(
     limit: str, least: int, tmp_path: Path
 ) -> None:

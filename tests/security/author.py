@@ -59,7 +59,7 @@ class Author:
         self.attempt = snapshot.attempt
         self.writer = names.attempt_writer(self.attempt)
         self.format: Any = tree_of(repository.format)
-        self.index: Any = {**tree_of(snapshot.index), "layout": None, "layout_bytes": None}
+        self.index: Any = {**tree_of(snapshot.index), "layout": None, "layout_bytes": None, "environment": {}}
         self.layout: Any = tree_of(snapshot.layout)
         self.parts: list[Any] = [{**tree_of(snapshot.part(node)), "layout": None} for node in range(SIZE)]
         for info in self.index["parts"]:
