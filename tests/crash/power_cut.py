@@ -409,10 +409,10 @@ def undisturbed(mount: Mount, scenario: Scenario, mistake: Callable[[], None]) -
 def cut_many(
     mount: Mount, scenarios: Sequence[Scenario], cuts: int, seed: int, before: str, mistake: Callable[[], None]
 ) -> dict[str, Any]:
-    """``before``: a call to cut before; "" for all. With a mistake, until it is found."""
+    """``before``: how the calls to cut before begin; "" for all. With a mistake, until it is found."""
     endings = {scenario.name: undisturbed(mount, scenario, mistake) for scenario in scenarios}
     points = {
-        name: [number for number, call in enumerate([*ending.calls, "the end"], 1) if before in ("", call)]
+        name: [number for number, call in enumerate([*ending.calls, "the end"], 1) if call.startswith(before)]
         for name, ending in endings.items()
     }
     seen: dict[str, Any] = {"calls": {name: len(ending.calls) for name, ending in endings.items()}}
@@ -435,7 +435,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--through-checkpointer", action="store_true")
-    parser.add_argument("--before", default="", help="cut only before such a call, such as 'fsync of decisions'")
+    parser.add_argument("--before", default="", help="cut only before calls that begin so: 'fsync of decisions'")
     parser.add_argument("--mistake", choices=sorted(MISTAKES), default=no_mistake.__name__)
     given = parser.parse_args()
     # Packs as small as these are written directly too.

@@ -162,8 +162,9 @@ def test_the_judge_calls_a_resume_that_silently_starts_afresh_lost_work(tmp_path
 
 @pytest.mark.timeout(900)
 def test_the_judge_calls_a_resume_without_random_numbers_a_silent_divergence(tmp_path: Path) -> None:
-    judged = judge(tmp_path / "work", "--forget", "rng", points_max=2)
-    assert [row.verdict for row in judged.rows] == ["PASS", "SILENT_DIVERGENCE"]
+    judged = judge(tmp_path / "work", "--forget", "rng", points_max=3)
+    first, *others = [row.verdict for row in judged.rows]
+    assert (first, {*others}) == ("PASS", {"SILENT_DIVERGENCE"})  # there was nothing to restore in the first
 
 
 @pytest.mark.timeout(900)
