@@ -154,17 +154,20 @@ def test_a_job_killed_at_every_file_event_goes_on_from_the_newest_snapshot(
 # --- the judge ----------------------------------------------------------------------------------------------------
 
 
+# Of the three kills below the first comes before anything is committed: there is nothing to lose. The second does or
+# does not; the last comes after most saves.
+
+
 @pytest.mark.timeout(900)
 def test_the_judge_calls_a_resume_that_silently_starts_afresh_lost_work(tmp_path: Path) -> None:
-    judged = judge(tmp_path / "work", "--mistake", "starts-afresh", points_max=2)
-    assert [row.verdict for row in judged.rows] == ["PASS", "LOST_WORK"]  # there was nothing to lose in the first
+    judged = judge(tmp_path / "work", "--mistake", "starts-afresh", points_max=3)
+    assert (judged.rows[0].verdict, judged.rows[-1].verdict) == ("PASS", "LOST_WORK")
 
 
 @pytest.mark.timeout(900)
 def test_the_judge_calls_a_resume_without_random_numbers_a_silent_divergence(tmp_path: Path) -> None:
     judged = judge(tmp_path / "work", "--forget", "rng", points_max=3)
-    first, *others = [row.verdict for row in judged.rows]
-    assert (first, {*others}) == ("PASS", {"SILENT_DIVERGENCE"})  # there was nothing to restore in the first
+    assert (judged.rows[0].verdict, judged.rows[-1].verdict) == ("PASS", "SILENT_DIVERGENCE")
 
 
 @pytest.mark.timeout(900)
