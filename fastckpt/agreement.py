@@ -238,9 +238,7 @@ class Agreements:
 
     def _on_topology(self, replies: dict[int, bytes]) -> bytes:
         offers = each(replies, msgspec.msgpack.Decoder(topology_offer.Offer).decode)
-        topology = topology_offer.agree([offers[rank] for rank in sorted(offers)], self._topology)
-        if self._topology is None:  # host names of containers repeat; which ranks share a machine is known better
-            topology = Topology.from_hosts([str(node) for node in self._nodes])
+        topology = topology_offer.agree([offers[rank] for rank in sorted(offers)], self._topology, self._nodes)
         self.dealer = Dealer(topology.tree(), writers=self._options.writers, streams=self._streams_max)
         return b""
 

@@ -100,7 +100,8 @@ class Checkpointer:
             repository.Repository(self._store)  # raises, saying what is there
         self._group = job_group(seconds_max, number)
         self._saves = Saves(self._store, self._group, self._options, topology)
-        self._restores = Restores(self._store, self._group, seconds_max)
+        fanout = self._options.read_fanout
+        self._restores = Restores(self._store, self._group, seconds_max, read_fanout=fanout, topology=topology)
         self._pending: Pending | None = None
         self._describer = Describer(self._options.copy)
         self._staging: Staging | None = None

@@ -46,6 +46,8 @@ class Group(Protocol):
     size: int
     nodes: tuple[int, ...]
     """For each rank its node; nodes are numbered 0, 1, ... by their lowest rank."""
+    host: str
+    """A name or address by which ranks of other nodes reach this rank's."""
 
     def exchange(
         self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
@@ -74,6 +76,7 @@ class SoloGroup:
     rank: int = 0
     size: int = 1
     nodes: tuple[int, ...] = (0,)
+    host: str = "localhost"
 
     def __init__(self) -> None:
         self._posted: dict[str, bytes] = {}
@@ -107,15 +110,19 @@ class KeyValue(Protocol):
 class KeyValueGroup:
     """A group over a key-value store."""
 
-    def __init__(self, kv: KeyValue, rank: int, size: int, prefix: str, node: str, seconds_max: float) -> None:
+    def __init__(
+        self, kv: KeyValue, rank: int, size: int, prefix: str, node: str, seconds_max: float, host: str = "localhost"
+    ) -> None:
         """All ranks construct theirs with the same ``prefix``; ``node`` is equal on ranks of the same node and only
-        there. Waits for all of them, up to ``seconds_max``; ``CommitTimeout`` names those that did not come."""
+        there; ``host`` is a name or address of it. Waits for all of them, up to ``seconds_max``; ``CommitTimeout``
+        names those that did not come."""
         self._kv = kv
         self._prefix = prefix
         self._unread: dict[int, list[str]] = {}
         """For each member of an exchange that was late, what may be left of it: it may have stopped waiting."""
         self.rank = rank
         self.size = size
+        self.host = host
         everyone = range(size)
         answer = self.exchange(
             "nodes",
@@ -191,7 +198,14 @@ def _number_nodes(identities: Mapping[int, bytes]) -> list[int]:
 
 
 class PeerGaveUp(CommitTimeout):
-    """Another rank of the node has failed, and tells all ranks itself why."""
+    """Another rank has failed, and tells all ranks itself why."""
+
+
+def gave_up(teller: int, blamed: int, own: int) -> CommitTimeout:
+    """For what rank ``teller`` said to rank ``own``: that it does not go on, because of rank ``blamed``."""
+    if blamed in (teller, own):
+        return PeerGaveUp(f"rank {teller} does not go on with the restore", [teller])
+    return CommitTimeout(f"rank {blamed} does not go on with the restore, says rank {teller}", [blamed])
 
 
 def missing_ranks_error(ranks: Sequence[int], what: str) -> CommitTimeout:
@@ -212,8 +226,9 @@ def combined(failures: Mapping[int, BaseException]) -> FastckptError:
     missing = [error for error in failures.values() if isinstance(error, CommitTimeout)]
     if len(missing) == len(failures):
         ranks = sorted({rank for error in missing for rank in error.missing_ranks})
-        text = str(missing[0])
-        return CommitTimeout(text if not ranks or "(missing: " in text else f"{text} (missing: {_ranks(ranks)})", ranks)
+        text = next(filter(None, map(str, missing)), "")  # none where a rank has nothing to say but what others do
+        is_complete = not (ranks and text) or "(missing: " in text
+        return CommitTimeout(text if is_complete else f"{text} (missing: {_ranks(ranks)})", ranks)
     real = {rank: error for rank, error in failures.items() if not isinstance(error, CommitTimeout)} or dict(failures)
     # A RankFailed from a node's leader names the ranks that truly failed; it is not a failure of the leader.
     failed: dict[int, BaseException] = {}

@@ -32,6 +32,10 @@ class Options:
     make the save faster."""
     streams: int | None = None
     """Threads of a rank that write, each into packs of its own. None: four."""
+    read_fanout: Literal["node", "job"] = "node"
+    """Who reads what several ranks restore. "node": of each node one rank, for the others. "job": of the whole job one,
+    and ranks of other nodes fetch it from there, over TCP and the interface by which they reach the job's key-value
+    store: for storage that all nodes together could wear out, and networks that are faster."""
     copy: tuple[str, ...] = ()
     """Globs of keys to copy before ``save`` returns: tensors that something other than ``Optimizer.step`` changes."""
     commit_seconds_max: float = 600.0
@@ -48,6 +52,8 @@ class Options:
             raise ValueError(f"Options.codec={self.codec!r} is not 'raw' or 'zstd'")
         if self.fence not in ("hook", "explicit", "copy"):
             raise ValueError(f"Options.fence={self.fence!r} is not 'hook', 'explicit' or 'copy'")
+        if self.read_fanout not in ("node", "job"):
+            raise ValueError(f"Options.read_fanout={self.read_fanout!r} is not 'node' or 'job'")
         for name in ("fence_seconds_max", "commit_seconds_max"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Options.{name}={getattr(self, name)} is not positive")

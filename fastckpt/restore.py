@@ -2,7 +2,8 @@
 
 choose   the coordinator alone lists; every rank gets the same snapshot and the digest of its index
 plan     what fits and what does not, found on every rank before anything changes on any
-read     pack -> buffer -> verify -> decode -> tensor, in place; what several ranks of a node want, one of them for all
+read     pack -> buffer -> verify -> decode -> tensor, in place; what several ranks of a node want, one of them for all,
+         and if so asked, what several nodes want, one node for all
 agree    one rank failed: all raise, naming it
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -22,9 +24,12 @@ from fastckpt.format.decision import Live
 from fastckpt.group import Assembly, Group, PeerGaveUp, Reply
 from fastckpt.plan.restore_plan import Fit, Selection, Want, misfits
 from fastckpt.repository import repository
+from fastckpt.repository.fanout import JobFanout
 from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.relay import relayed
 from fastckpt.storage.store import Store
+from fastckpt.topology.offer import Offer, RankPath, agree, offer
+from fastckpt.topology.topology import Topology, Tree
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
@@ -39,11 +44,24 @@ REPORT_SHARE = 0.1
 class Restores:
     """The restores of one rank from one repository. On the main thread, by all ranks in the same order."""
 
-    def __init__(self, store: Store, group: Group, seconds_max: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        group: Group,
+        seconds_max: float,
+        *,
+        read_fanout: Literal["node", "job"] = "node",
+        topology: Topology | RankPath | None = None,
+    ) -> None:
+        """``seconds_max`` and ``read_fanout`` as in ``Options``; ``topology``: what this rank was given of it, or knows
+        of its own way to the storage."""
         self._store = store
         self._assembly = Assembly(group)
         self._group = group
         self._seconds_max = seconds_max
+        self._read_fanout = read_fanout
+        self._topology = topology
+        self._job: JobFanout | None = None
         self._count = 0
 
     def choose(
@@ -70,7 +88,7 @@ class Restores:
                 each = [f"rank {rank}: {reply.decode()}" for rank, reply in sorted(replies.items())[:8]]
                 raise ValueError(
                     f"ranks ask for different steps: {'; '.join(each)}. Every rank asks for the same step, or for "
-                    "none, and by the same policy"
+                    "none, by the same policy, and with the same Options.read_fanout"
                 )
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
@@ -81,16 +99,37 @@ class Restores:
 
         self._count += 1
         asked = f"{step}, or an earlier one" if or_earlier else str(step)
+        if self._read_fanout == "job":
+            asked += ", read once by the job"
         try:
             answer = self._ask("choose", problem or asked.encode(), decide, self._seconds_max)
+            live = msgspec.msgpack.decode(answer, type=Live | None)
+            if live is None:
+                return None
+            self._agree_on_topology()
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
-        live = msgspec.msgpack.decode(answer, type=Live | None)
-        if live is None:
-            return None
         snapshot = found or Snapshot(self._store, live)  # the coordinator has read some of it already
         snapshot.trace = trace or snapshot.trace
         return snapshot
+
+    def _agree_on_topology(self) -> None:
+        """Where each byte is to be read once in the job: once, for all restores to come. ``TopologyError`` on every
+        rank, naming those that disagree."""
+        if self._read_fanout == "node" or self._job is not None or len(self._assembly.leaders) == 1:
+            return
+        tree: Tree | None = None
+
+        def decide(replies: Mapping[int, bytes]) -> bytes:
+            nonlocal tree
+            offers = [msgspec.msgpack.decode(replies[rank], type=Offer) for rank in sorted(replies)]
+            tree = agree(offers, self._topology, self._group.nodes).tree()
+            return b""
+
+        self._ask(
+            "topology", msgspec.msgpack.encode(offer(self._topology, socket.gethostname())), decide, self._seconds_max
+        )
+        self._job = JobFanout(self._assembly, tree)
 
     def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:
         """What ``find`` finds to do on each rank, and how the snapshot fits there; ``StateMismatch`` on every rank if,
@@ -112,11 +151,8 @@ class Restores:
     def reading(self, snapshot: Snapshot, wants: Sequence[Want]) -> Iterator[Callable[[Sequence[Sink]], None]]:
         """Gives what reads the chunks that this rank wants into sinks, in the block: on every rank within what it gives
         to ``all_read``. What several ranks of a node want, one of them reads for all."""
-        name = f"restore-{self._count}"
-        with relayed(self._group, self._assembly.node_ranks, name, snapshot, wants, self._seconds_max) as (
-            chunks,
-            relay,
-        ):
+        name, members = f"restore-{self._count}", self._assembly.node_ranks
+        with relayed(self._group, members, name, snapshot, wants, self._seconds_max, self._job) as (chunks, relay):
             yield lambda sinks: snapshot.read_chunks(chunks, sinks, relay)
 
     def all_read(self, read: Callable[[], None]) -> None:
@@ -139,8 +175,8 @@ class Restores:
             line = reply(result)
         except Exception as error:
             line = failure = error
-            if isinstance(error, PeerGaveUp):  # which is for this rank alone to know
-                line = CommitTimeout(str(error), error.missing_ranks)
+            if isinstance(error, PeerGaveUp):  # what there is to say of it, the other says
+                line = CommitTimeout("")
         # What this rank waited for in vain, it need not wait for as long again; and what went wrong, if it is not just
         # lost, the other rank says: once all have come to the end, also those of other nodes that know of nothing.
         late = isinstance(failure, CommitTimeout) and not isinstance(failure, PeerGaveUp)
@@ -259,4 +295,4 @@ def _as_restore_error(error: RankFailed | CommitTimeout) -> RestoreError:
             )
         if isinstance(failure, RestoreError):
             return type(failure)(message)
-    return RestoreError(str(error))
+    return RestoreError(str(error) or "another rank has given up the restore")

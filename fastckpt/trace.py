@@ -27,6 +27,7 @@ A restore:
     read         storage to buffer; bytes as stored
     verify       bytes as stored, and where there is a codec once more as they were before it
     decode       bytes after decoding
+    fetch        a run that a rank of another node has read, into a buffer; bytes of the state
     shared       placing what another rank of the node has read and verified; bytes of the state
     place        buffer to tensor; bytes of the state
 """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import itertools
 import os
 import platform
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,13 +54,30 @@ def job_group(seconds_max: float, number: int) -> Group:
     incarnation = agree_on_incarnation(kv, rank, size, f"fastckpt/{number}", seconds_max)
     # All are there now: only one that dies at this very moment is still waited for.
     seconds_left = max(_ANSWER_SECONDS, end - time.monotonic())
-    return KeyValueGroup(kv, rank, size, f"fastckpt/{incarnation}", _node(), seconds_left)
+    host = _host(dist.distributed_c10d._get_default_store())
+    return KeyValueGroup(kv, rank, size, f"fastckpt/{incarnation}", _node(), seconds_left, host)
 
 
 def _node() -> str:
     """Equal on ranks of one node, different elsewhere. Launchers' local ranks say nothing certain about nodes."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{platform.node()}/{boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _host(store: Any) -> str:
+    """Where other nodes reach this one: at the address from which it reaches the job's key-value store, or, where that
+    is its own, under the name that all know the store's node by."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    if not hasattr(store, "host"):  # a store of files
+        return socket.gethostname()
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:  # nothing is sent
+                probe.connect(address)
+                own: str = probe.getsockname()[0]
+            return store.host if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
+    return str(store.host)
 
 
 class StoreKeyValue:

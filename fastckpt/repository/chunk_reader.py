@@ -4,6 +4,8 @@ each of a few workers, until there is nothing left to do:
     what another rank of the node has read for this one  ->  place it           (``relay``; only in a restore)
     what this rank is to read for others too             ->  read, verify, decode, pass on, place
     what it reads for itself                             ->  read, verify, decode, place
+each of a few others, which may have to wait for other nodes:
+    what a rank of another node has read for this one    ->  fetch, verify, pass on, place
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,7 +24,7 @@ from fastckpt.buffers import Pool, Sink, in_pages
 from fastckpt.errors import FormatError, ObjectNotFound, RestoreError, SaveError, SnapshotDamaged, StorageError
 from fastckpt.format import codec
 from fastckpt.format.chunk import chunk_hash
-from fastckpt.format.tables import ChunkPlace, Layout
+from fastckpt.format.tables import ChunkPlace, Chunks
 from fastckpt.plan.restore_plan import ChunkRead, regions
 from fastckpt.storage.deadline import run_workers
 from fastckpt.storage.store import BLOCK_BYTES, Store
@@ -32,6 +34,7 @@ READ_BYTES_MAX = 8 * 1024 * 1024
 """Neighbouring chunks are read together up to this many bytes, of which ``READ_THREADS`` buffers are enough for every
 storage that was measured; more only take memory, which is slow where it is fresh."""
 READ_THREADS = 4
+FETCH_THREADS = 4
 GAP_BYTES_MAX = 64 * 1024
 """So much that nobody wants is read along rather than asking twice, as long as it is a small part of what is read."""
 GAP_SHARE = 1 / 32
@@ -131,7 +134,7 @@ class Passed(NamedTuple):
 
 
 class Passing(NamedTuple):
-    """A run that this rank is to read for others and for itself."""
+    """A run that this rank is to read, or to fetch, for others and for itself."""
 
     slot: int
     number: int
@@ -139,13 +142,23 @@ class Passing(NamedTuple):
     buffer: memoryview
 
 
+class Fetch(NamedTuple):
+    """Fills buffers with the raw bytes of a run's chunks, as a rank of another node has read them."""
+
+    source: int
+    """That rank."""
+    call: Callable[[Sequence[memoryview]], None]
+
+
 class Relay(Protocol):
-    """What the ranks of a node read for each other, as one of them sees it. One thread calls at a time."""
+    """What the ranks of a node, and nodes, read for each other, as one rank sees it. One thread calls at a time."""
 
     passing_runs: Sequence[Run]
-    """All that this rank is to pass on."""
+    """All that this rank is to read and pass on."""
     passed_count: int
     """How many runs this rank is passed."""
+    fetched_count: int
+    """How many runs this rank fetches from ranks of other nodes."""
     seconds_max: float
     """How long this rank waits for others while it has nothing to do."""
 
@@ -153,9 +166,16 @@ class Relay(Protocol):
         """Something to do, which is then the caller's; None if there is nothing now. ``CommitTimeout`` if another rank
         has given up."""
 
+    def next_fetch(self) -> tuple[Passing, Fetch] | None:
+        """A run to fetch, which is then the caller's; None if there is no room for it now, or none left."""
+
+    @property
+    def all_fetched(self) -> bool:
+        """Whether there is no run left to fetch."""
+
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether nothing more will come, and others have what this rank read for them."""
 
     def publish(self, task: Passing) -> None:
         """The raw bytes of its chunks are in its buffer, as ``raw_views`` has them, and verified."""
@@ -173,10 +193,11 @@ class Relay(Protocol):
 class ChunkReader:
     """Reads some chunks of one snapshot into sinks, once."""
 
-    def __init__(self, store: Store, step: int, layout: Layout, sinks: Sequence[Sink], trace: Trace) -> None:
+    def __init__(self, store: Store, step: int, chunks: Chunks, sinks: Sequence[Sink], trace: Trace) -> None:
         self._store = store
         self._step = step
-        self._layout = layout
+        self._chunks = chunks
+        self._layout = chunks.layout
         self._sinks = sinks
         self._trace = trace
         self._alone: deque[Run] = deque()
@@ -194,7 +215,8 @@ class ChunkReader:
 
     def read(self, chunks: Iterable[PlacedChunk], relay: Relay | None = None) -> None:
         """Reads ``chunks``, and does what ``relay`` has to do, on ``READ_THREADS`` threads; each has a buffer of
-        ``READ_BYTES_MAX``, or of one chunk if that is larger. When this has raised, nothing is placed any more.
+        ``READ_BYTES_MAX``, or of one chunk if that is larger. What comes from other nodes is fetched on
+        ``FETCH_THREADS`` more. When this has raised, nothing is placed any more.
 
         ``RestoreError`` if there is no memory for the buffers.
         """
@@ -202,12 +224,14 @@ class ChunkReader:
         self._relay = relay
         # What is stored compressed is decoded from a worker's own buffer into the one that other ranks see.
         decoded = (run for run in (relay.passing_runs if relay else ()) if not run.is_raw)
-        tasks = len(self._alone) + (len(relay.passing_runs) + relay.passed_count if relay else 0)
+        fetches = relay.fetched_count if relay else 0
+        tasks = len(self._alone) + fetches + (len(relay.passing_runs) + relay.passed_count if relay else 0)
         workers = min(READ_THREADS, tasks)
+        fetchers = min(FETCH_THREADS, fetches)
         try:
             self._make_pool(max((run.buffer_bytes for run in (*self._alone, *decoded)), default=0), workers)
             self._looked = time.monotonic()
-            run_workers(self._store, [self._work] * workers, "fastckpt-read")
+            run_workers(self._store, [self._work] * workers + [self._fetch_all] * fetchers, "fastckpt-read")
         except BaseException as error:
             self._stop(error)
             with self._changed:  # also a worker that was left behind in the storage may be back by now
@@ -247,6 +271,42 @@ class ChunkReader:
             self._stop(error)
             raise
 
+    def _fetch_all(self) -> None:
+        """Apart from the others, who must not wait for other nodes: these may be waiting for what is taken here."""
+        try:
+            while (task := self._claim_fetch()) is not None:
+                self._fetch_run(*task)
+                with self._changed:
+                    self._idle_seconds = 0.0
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                if self._stopped:  # which is what ended the fetch; why, another worker tells
+                    return
+            self._stop(error)
+            raise
+
+    def _claim_fetch(self) -> tuple[Passing, Fetch] | None:
+        with self._changed:
+            relay = self._relay
+            while relay is not None and not self._stopped and not relay.all_fetched:
+                if (task := relay.next_fetch()) is not None:
+                    return task
+                self._changed.wait(POLL_SECONDS)
+            return None
+
+    def _fetch_run(self, task: Passing, fetch: Fetch) -> None:
+        shared = task.run.raw_views(task.buffer)
+        with self._trace.span("fetch", task.run.raw_bytes):
+            fetch.call(shared)
+        for (_, place), raw in zip(task.run.chunks, shared, strict=True):
+            if self._hash(raw) != place.hash:
+                raise RestoreError(
+                    f"step {self._step}: what rank {fetch.source} read of {place.pack} at offset {place.offset} came "
+                    "here with other bytes: the memory of a node, or the network between them, is not to be trusted"
+                )
+        self._publish(task, shared)
+
     def _claim(self) -> Run | Passed | Passing | None:
         """Something to do; waits for it. None if there is nothing left."""
         with self._changed:
@@ -283,19 +343,21 @@ class ChunkReader:
             self._pass_on(task, buffer)
 
     def _pass_on(self, task: Passing, buffer: memoryview) -> None:
-        run, relay = task.run, self._relay
-        assert relay is not None
+        run = task.run
         shared = run.raw_views(task.buffer)
         if run.is_raw:
             self._read_run(run, task.buffer)
         else:
             for view, raw in zip(shared, self._read_run(run, buffer), strict=True):
                 np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(raw, np.uint8))
+        self._publish(task, shared)
+
+    def _publish(self, task: Passing, shared: Sequence[memoryview]) -> None:
         with self._changed:
-            if self._stopped:
+            if self._stopped or self._relay is None:
                 return
-            relay.publish(task)
-        self._place(run, shared)
+            self._relay.publish(task)
+        self._place(task.run, shared)
         self._done(task)
 
     def _done(self, task: Passed | Passing) -> None:
@@ -347,8 +409,13 @@ class ChunkReader:
             return chunk_hash(data)
 
     def _damage(self, read: ChunkRead, place: ChunkPlace, what: str) -> SnapshotDamaged:
-        first = read.deliveries[0]
-        key, box = self._layout.label(self._layout.shard_key(first.piece.shard)), str(first.shard)
+        if read.deliveries:
+            shard, shard_box = read.deliveries[0].piece.shard, read.deliveries[0].shard
+        else:  # only other ranks want it
+            unit = self._chunks.unit_at(read.chunk)
+            shard = self._chunks.pieces(unit)[read.chunk - unit.first][0].shard
+            shard_box = self._layout.box(shard)
+        key, box = self._layout.label(self._layout.shard_key(shard)), str(shard_box)
         return SnapshotDamaged(
             f"step {self._step}: {key} {box}: {place.pack} {what} at offset {place.offset} ({place.length} bytes). "
             "Nothing of it was used. Restore an earlier step, or run `fastckpt verify` to see what else is damaged",

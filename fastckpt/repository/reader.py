@@ -311,7 +311,7 @@ class Snapshot:
 
     def read_chunks(self, chunks: Sequence[PlacedChunk], sinks: Sequence[Sink], relay: Relay | None = None) -> None:
         """Like ``read_into``, of what is planned; and does what ``relay`` has to do, of chunks that are not in it."""
-        ChunkReader(self._store, self.step, self.layout, sinks, self.trace).read(chunks, relay)
+        ChunkReader(self._store, self.step, self.chunks, sinks, self.trace).read(chunks, relay)
 
     def _check_tables(self, wants: Sequence[Want]) -> None:
         """Plans take memory for each chunk; first the tables must prove that a tensor of very many has them."""

@@ -1,13 +1,17 @@
 """What the ranks of a node read for each other: a byte that several of them want comes from storage once.
 
-agree  one exchange: each says which chunks it wants; the leader deals out those that several want
+agree  one exchange: each says which chunks it wants; the leader deals out those that several want. If the job reads
+       each byte once, the leaders exchange too, before that, and the coordinator deals out what several nodes want
 map    each maps the memory of the others; if one cannot, none does, and each reads all that it wants
 pass   a reader verifies a run in a slot of its memory, and writes its number beside it; each other rank that wants the
-       run copies it out and writes that number into its own memory; when all have, the slot is free
+       run copies it out and writes that number into its own memory; when all have, the slot is free. What other nodes
+       want too they fetch from the slot (``peers``), one rank of each node into a slot of its own
 
 A rank writes to its own memory alone, so that none can harm another by being slow, stopped or late: a slot that someone
-is copying from is not filled again. Nothing can deadlock: who finds a run copies it out without waiting for anything,
-and workers look for such runs before all else; so every slot becomes free, and every reader can go on.
+is copying from is not filled again. Nothing can deadlock. Who finds a run copies it out without waiting for anything,
+and workers look for such runs before all else. Between nodes all read and fetch in one order, into slots for the one
+and slots for the other: of all runs that are not yet everywhere, the first has been read or is next, and so is its
+fetching on every node. So every slot becomes free, and every reader can go on.
 
 Only ranks of one user and one job meet here. A token, drawn anew each time, tells that what was mapped is what was
 meant: process ids are not the same everywhere.
@@ -22,16 +26,19 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from fastckpt.buffers import in_pages, map_shared
-from fastckpt.errors import CommitTimeout, RankFailed
-from fastckpt.group import Deadline, Decide, Group, PeerGaveUp, Reply, checked, missing_ranks_error
-from fastckpt.plan.relay_plan import Portion, Wanted, plan_relay, wanted
-from fastckpt.plan.restore_plan import Want
-from fastckpt.repository.chunk_reader import READ_BYTES_MAX, Passed, Passing, PlacedChunk, Run, runs_of
+from fastckpt.errors import CommitTimeout, RankFailed, RestoreError
+from fastckpt.group import Deadline, Decide, Group, PeerGaveUp, Reply, checked, gave_up, missing_ranks_error
+from fastckpt.plan.relay_plan import Portion, Wanted, plan_node, wanted
+from fastckpt.plan.restore_plan import ChunkRead, Want
+from fastckpt.repository.chunk_reader import READ_BYTES_MAX, Fetch, Passed, Passing, PlacedChunk, Run, runs_of
+from fastckpt.repository.fanout import Address, FanoutAnswer, FanoutEnd, JobFanout, node_line
+from fastckpt.repository.peers import RunName, Server
 from fastckpt.repository.reader import Snapshot
 from fastckpt.storage.store import BLOCK_BYTES
 
@@ -43,6 +50,7 @@ SLOTS_MIN = 4
 WAIT_SHARE = 0.85
 """Of ``commit_seconds_max``: storage that is silent is given up earlier, and whoever waits for the end of the restore
 waits longer, so that each can say what is wrong."""
+LEADERS_SHARE, LEADERS_ANSWER_SHARE = 0.88, 0.91
 ANSWER_SHARE = 0.95
 
 _NAME = "fastckpt-relay"
@@ -63,6 +71,8 @@ class _Offer(msgspec.Struct, array_like=True, frozen=True):
     token: bytes
     problem: str
     """Why it has no memory, if it has none."""
+    address: Address = ("", 0)
+    """Where ranks of other nodes fetch from it, if they do."""
 
 
 class _Answer(msgspec.Struct, array_like=True, frozen=True):
@@ -70,6 +80,7 @@ class _Answer(msgspec.Struct, array_like=True, frozen=True):
     memories: dict[int, tuple[int, int, bytes]]
     """For each rank: process, descriptor, token."""
     problem: str
+    job: FanoutAnswer
 
 
 class _Memory:
@@ -102,17 +113,36 @@ class _Memory:
 class _Shape:
     """How every rank's memory is laid out."""
 
-    def __init__(self, chunk_bytes: int, members: int) -> None:
+    def __init__(self, chunk_bytes: int, members: int, fetches: bool) -> None:
         # The most that a chunk may take, as stored: see ``format/tables``.
         largest = max(READ_BYTES_MAX, chunk_bytes + chunk_bytes // 128 + 1024)
         self.slot_bytes = in_pages(largest + BLOCK_BYTES - 1)
-        self.slots = max(SLOTS_MIN, MEMORY_BYTES_MAX // self.slot_bytes)
+        self.reading_slots = max(SLOTS_MIN, MEMORY_BYTES_MAX // self.slot_bytes)
+        self.slots = self.reading_slots * (2 if fetches else 1)
+        """First those that are filled from storage, then as many for what is fetched."""
         self.words = _SLOTS + self.slots * (1 + members)
         self.bytes = in_pages(self.words * _WORD_BYTES) + self.slots * self.slot_bytes
 
     def taken(self, member: int, slot: int) -> int:
         """The word for what was taken from a slot of the n-th rank of the node."""
         return _SLOTS + self.slots * (1 + member) + slot
+
+
+class _Turn(NamedTuple):
+    """A run that goes through the hands of this rank."""
+
+    number: int
+    """What the ranks of the node know it by."""
+    portion: Portion
+    run: Run
+    name: RunName | None
+    """What other nodes know it by, if they want it too."""
+
+    def is_read_by(self, rank: int) -> bool:
+        return self.portion.reader == rank and self.portion.source < 0
+
+    def is_fetched_by(self, rank: int) -> bool:
+        return self.portion.reader == rank and self.portion.source >= 0
 
 
 class NodeRelay:
@@ -124,31 +154,38 @@ class NodeRelay:
         rank: int,
         shape: _Shape,
         memories: Mapping[int, _Memory],
-        runs: Iterable[tuple[int, Portion, Run]],
+        turns: Sequence[_Turn],
         seconds_max: float,
+        fanout: FanoutEnd | None = None,
     ) -> None:
-        """``runs``: numbers, from 1 on, and all that this rank is to pass on or is passed."""
+        """``turns``: all that this rank is to pass on or is passed. ``fanout``: what other nodes give and take."""
         self.seconds_max = seconds_max
         self._rank = rank
         self._shape = shape
         self._own = memories[rank]
         self._peers = {peer: memory for peer, memory in memories.items() if peer != rank}
         self._member = {member: number for number, member in enumerate(members)}
-        self._to_pass: deque[tuple[int, Run]] = deque()
-        self._takers: dict[int, list[int]] = {}
+        self._fanout = fanout
+        # What other nodes wait for comes first, in the order in which they do.
+        last = RunName(2**32, 0)
+        in_order = sorted(turns, key=lambda turn: (turn.name or last, turn.number))
+        self._to_read = deque(turn for turn in in_order if turn.is_read_by(rank))
+        self._to_fetch = deque(turn for turn in in_order if turn.is_fetched_by(rank))
+        self._takers = {
+            turn.number: [taker for taker in turn.portion.ranks if taker != rank]
+            for turn in (*self._to_read, *self._to_fetch)
+        }
         """For each run of this rank, the others that want it."""
         self._expected: dict[int, dict[int, Run]] = {}
         """For each other rank, the runs that are to come from it."""
-        for number, portion, run in runs:
-            if portion.reader == rank:
-                self._to_pass.append((number, run))
-                self._takers[number] = [taker for taker in portion.ranks if taker != rank]
-            else:
-                self._expected.setdefault(portion.reader, {})[number] = run
-        self.passing_runs: Sequence[Run] = [run for _, run in self._to_pass]
+        for turn in turns:
+            if turn.portion.reader != rank:
+                self._expected.setdefault(turn.portion.reader, {})[turn.number] = turn.run
+        self.passing_runs: Sequence[Run] = [turn.run for turn in self._to_read]
         self.passed_count = sum(map(len, self._expected.values()))
-        self._in_slot = [0] * shape.slots
-        """The run in each slot of this rank; 0 once there was none."""
+        self.fetched_count = len(self._to_fetch)
+        self._in_slot: list[_Turn | None] = [None] * shape.slots
+        """The run in each slot of this rank; None as long as there was none."""
         self._in_use = [False] * shape.slots
         """Whether this rank itself needs what is in the slot still."""
         self._beats: dict[int, int] = {}
@@ -159,12 +196,22 @@ class NodeRelay:
         self._own.words[_BEAT] += 1
         for rank, peer in self._peers.items():
             if blamed := peer.words[_GAVE_UP]:
-                kind = PeerGaveUp if blamed - 1 == rank else CommitTimeout
-                raise kind(f"rank {blamed - 1} does not go on with the restore", [blamed - 1])
-        task = self._published() or self._fillable()
+                raise gave_up(rank, blamed - 1, self._rank)
+        if self._fanout is not None:
+            self._fanout.check()
+        task = self._published() or self._passing(self._to_read, range(self._shape.reading_slots))
         if task is not None:
             self._note_beats()
         return task
+
+    def next_fetch(self) -> tuple[Passing, Fetch] | None:
+        if self._fanout is None or not self._to_fetch:
+            return None
+        source, name = self._to_fetch[0].portion.source, self._to_fetch[0].name
+        task = self._passing(self._to_fetch, range(self._shape.reading_slots, self._shape.slots))
+        if task is None or name is None:
+            return None
+        return task, Fetch(source, self._fanout.fetching(source, name))
 
     def _published(self) -> Passed | None:
         for reader, expected in self._expected.items():
@@ -175,31 +222,46 @@ class NodeRelay:
                     return Passed(reader, slot, number, run, self._peers[reader].slot(slot))
         return None
 
-    def _fillable(self) -> Passing | None:
-        free = next(filter(self._is_free, range(self._shape.slots)), None) if self._to_pass else None
+    def _passing(self, turns: deque[_Turn], slots: range) -> Passing | None:
+        free = next(filter(self._is_free, slots), None) if turns else None
         if free is None:
             return None
-        number, run = self._to_pass.popleft()
-        self._in_slot[free], self._in_use[free] = number, True
-        return Passing(free, number, run, self._own.slot(free))
+        turn = turns.popleft()
+        self._in_slot[free], self._in_use[free] = turn, True
+        return Passing(free, turn.number, turn.run, self._own.slot(free))
 
     def _is_free(self, slot: int) -> bool:
-        return not self._in_use[slot] and not self._not_taken(slot)
+        return not self._in_use[slot] and not self._not_taken(slot) and self._is_out(slot)
 
     def _not_taken(self, slot: int) -> list[int]:
-        """The ranks that have not yet taken what is in a slot."""
-        number, word = self._in_slot[slot], self._shape.taken(self._member[self._rank], slot)
-        return [taker for taker in self._takers.get(number, ()) if self._peers[taker].words[word] != number]
+        """The ranks of the node that have not yet taken what is in a slot."""
+        turn, word = self._in_slot[slot], self._shape.taken(self._member[self._rank], slot)
+        takers = self._takers[turn.number] if turn is not None else ()
+        return [taker for taker in takers if turn is not None and self._peers[taker].words[word] != turn.number]
+
+    def _is_out(self, slot: int) -> bool:
+        """Whether other nodes have all that they want of what is in a slot."""
+        turn = self._in_slot[slot]
+        return turn is None or turn.name is None or self._fanout is None or self._fanout.is_out(turn.name)
+
+    @property
+    def all_fetched(self) -> bool:
+        return not self._to_fetch
 
     @property
     def finished(self) -> bool:
-        return not self._to_pass and not any(self._expected.values())
+        if self._to_read or self._to_fetch or any(self._expected.values()):
+            return False
+        return self._fanout is None or self._fanout.finished
 
     # Between the bytes of a slot and a word about them, each side gives and takes a lock, the interpreter's at least:
     # that orders them for other processors too.
 
     def publish(self, task: Passing) -> None:
         self._own.words[_SLOTS + task.slot] = task.number
+        turn = self._in_slot[task.slot]
+        if self._fanout is not None and turn is not None and turn.name is not None and turn.portion.source < 0:
+            self._fanout.publish(turn.name, task.run.raw_views(task.buffer))
 
     def done(self, task: Passed | Passing) -> None:
         if isinstance(task, Passing):
@@ -215,30 +277,43 @@ class NodeRelay:
         silent = {rank for rank, beat in self._beats.items() if self._peers[rank].words[_BEAT] == beat != _FINISHED}
         awaited = {rank for rank, expected in self._expected.items() if expected}
         awaited |= {rank for slot in range(self._shape.slots) for rank in self._not_taken(slot)}
+        if self._fanout is not None:
+            awaited |= set(self._fanout.late_ranks())
         raise missing_ranks_error(sorted(silent or awaited), "what the ranks of a node read for each other")
 
     def give_up(self, error: BaseException) -> None:
         blamed = error.missing_ranks[0] if isinstance(error, CommitTimeout) and error.missing_ranks else self._rank
         self._own.words[_GAVE_UP] = 1 + blamed
+        if self._fanout is not None:
+            self._fanout.give_up(blamed)
 
     def finish(self) -> None:
         """Nobody need wait for a sign of life of this rank any more."""
         self._own.words[_BEAT] = _FINISHED
+        if self._fanout is not None:
+            self._fanout.close()
 
 
 @contextlib.contextmanager
 def relayed(
-    group: Group, members: Sequence[int], name: str, snapshot: Snapshot, wants: Sequence[Want], seconds_max: float
+    group: Group,
+    members: Sequence[int],
+    name: str,
+    snapshot: Snapshot,
+    wants: Sequence[Want],
+    seconds_max: float,
+    job: JobFanout | None = None,
 ) -> Iterator[tuple[list[PlacedChunk], NodeRelay | None]]:
     """What this rank is to read for itself alone, and its part in what the ranks of its node, ``members``, read for
     each other, if they do: for ``Snapshot.read_chunks``, within the block. All of them come here, with the same
     ``name``; they exchange once, and once more if there is anything to share. An error in the block is told to the
-    others.
+    others. ``job``: on every rank, where nodes are to read for each other too.
 
-    What keeps this rank from planning is raised here; ``CommitTimeout`` if another is kept from it or does not come.
+    What keeps this rank from planning is raised here; ``CommitTimeout`` if another is kept from it or does not come;
+    ``RestoreError`` if nodes have begun to read for each other and the ranks of one turn out not to share memory.
     ``seconds_max`` is ``Options.commit_seconds_max``.
     """
-    if len(members) == 1:
+    if len(members) == 1 and job is None:
         with snapshot.trace.span("plan"):
             chunks = snapshot.plan(wants)
         yield chunks, None
@@ -249,27 +324,26 @@ def relayed(
         try:
             with snapshot.trace.span("plan"):
                 chunks = snapshot.plan(wants)
-            shape = _Shape(snapshot.layout.chunk_bytes, len(members))
+            shape = _Shape(snapshot.layout.chunk_bytes, len(members), job is not None)
             said = wanted([chunk.read.chunk for chunk in chunks], sum(chunk.read.raw_bytes for chunk in chunks))
             own, offer = _own_memory(shape, said, stack)
+            server = None
+            if job is not None and own is not None:
+                server, offer = _listening(group, offer, stack, seconds_max * WAIT_SHARE)
             line = msgspec.msgpack.encode(offer)
         except Exception as error:
             line = failure = error
 
         def deal(replies: dict[int, Reply]) -> bytes:
-            offers = {rank: msgspec.msgpack.decode(data, type=_Offer) for rank, data in checked(replies).items()}
-            portions = plan_relay({rank: offer.wanted for rank, offer in offers.items()}, snapshot.chunks.sizes)
-            problems = (f"rank {rank}: {offer.problem}" for rank, offer in offers.items() if offer.problem)
-            memories = {rank: (offer.process, offer.descriptor, offer.token) for rank, offer in offers.items()}
-            return msgspec.msgpack.encode(_Answer(portions, memories if portions else {}, next(problems, "")))
+            return msgspec.msgpack.encode(_dealt(group, members, name, snapshot, replies, job, start, seconds_max))
 
         def exchange(what: str, reply: Reply, decide: Decide) -> bytes:
-            now = time.monotonic()
-            until = Deadline(now + seconds_max * WAIT_SHARE, now + seconds_max * ANSWER_SHARE)
+            until = Deadline(start + seconds_max * WAIT_SHARE, start + seconds_max * ANSWER_SHARE)
             return group.exchange(
                 f"{name}/{what}", reply, decide, members=members, until=until, what="the ranks of a node to restore"
             )
 
+        start = time.monotonic()
         try:
             answer = msgspec.msgpack.decode(exchange("wanted", line, deal), type=_Answer)
         except (RankFailed, CommitTimeout) as error:
@@ -288,7 +362,12 @@ def relayed(
             def first_problem(replies: dict[int, Reply]) -> bytes:
                 return next(filter(None, checked(replies).values()), b"")
 
+            start = time.monotonic()
             problem = exchange("mapped", problem.encode(), first_problem).decode()
+            if problem and answer.job.fanout.carried:
+                raise RestoreError(
+                    f"{problem}. Nothing can be read for other nodes so: use Options(read_fanout='node')"
+                )
             if problem and group.rank == members[0]:
                 log.info(
                     "step %d: each rank of this node reads all that it wants, since they cannot share memory: %s",
@@ -296,8 +375,13 @@ def relayed(
                     problem,
                 )
             if not problem:
-                chunks, runs = _dealt(chunks, answer.portions, group.rank)
-                relay = NodeRelay(members, group.rank, shape, memories, runs, seconds_max * WAIT_SHARE)
+                chunks, turns = _turns(snapshot, chunks, answer.portions, group.rank)
+                fanout = None
+                if job is not None and server is not None and answer.job.fanout.carried:
+                    read = [turn.name for turn in turns if turn.name is not None and turn.is_read_by(group.rank)]
+                    sources = {turn.portion.source for turn in turns if turn.is_fetched_by(group.rank)}
+                    fanout = FanoutEnd(job, answer.job, server, read, sources, seconds_max * WAIT_SHARE)
+                relay = NodeRelay(members, group.rank, shape, memories, turns, seconds_max * WAIT_SHARE, fanout)
         try:
             yield chunks, relay
         except BaseException as error:
@@ -309,16 +393,76 @@ def relayed(
 
 
 def _dealt(
-    chunks: Sequence[PlacedChunk], portions: Sequence[Portion], rank: int
-) -> tuple[list[PlacedChunk], list[tuple[int, Portion, Run]]]:
-    """What this rank alone wants, and the runs that go through its hands, numbered as all ranks number them."""
+    group: Group,
+    members: Sequence[int],
+    name: str,
+    snapshot: Snapshot,
+    replies: Mapping[int, Reply],
+    job: JobFanout | None,
+    start: float,
+    seconds_max: float,
+) -> _Answer:
+    """Who of a node reads what, as its leader decides it; with the other leaders first, if there is a ``job``."""
+    offers: dict[int, _Offer] = {}
+    sizes = snapshot.chunks.sizes
+    line: Reply
+    try:
+        offers = {rank: msgspec.msgpack.decode(data, type=_Offer) for rank, data in checked(replies).items()}
+        said = {rank: offer.wanted for rank, offer in offers.items()}
+        problem = next((f"rank {rank}: {offer.problem}" for rank, offer in offers.items() if offer.problem), "")
+        addresses = {rank: offer.address for rank, offer in offers.items()}
+        line = node_line(said, addresses, problem, sizes) if job is not None else b""
+    except Exception as error:
+        if job is None:
+            raise
+        line = error
+    answer = FanoutAnswer()
+    if job is not None:
+        # A little longer than for the ranks of this node, who wait for the answer longer still.
+        until = Deadline(start + seconds_max * LEADERS_SHARE, start + seconds_max * LEADERS_ANSWER_SHARE)
+        answer = job.agree(f"{name}/nodes", line, sizes, until)
+        if answer.problem and group.rank == 0:
+            log.info("step %d: each node reads for itself, since not all can share: %s", snapshot.step, answer.problem)
+    portions = plan_node(said, group.nodes[group.rank], members, answer.fanout, sizes)
+    memories = {rank: (offer.process, offer.descriptor, offer.token) for rank, offer in offers.items()}
+    return _Answer(portions, memories if portions else {}, problem, answer)
+
+
+def _turns(
+    snapshot: Snapshot, chunks: Sequence[PlacedChunk], portions: Sequence[Portion], rank: int
+) -> tuple[list[PlacedChunk], list[_Turn]]:
+    """What this rank alone wants, and the runs that go through its hands, as all ranks number and name them."""
     by_number = {chunk.read.chunk: chunk for chunk in chunks}
-    runs = []
+    turns = []
     for position, portion in enumerate(portions):
-        if rank in portion.ranks:
-            mine = [by_number.pop(number) for start, stop in portion.runs for number in range(start, stop)]
-            runs += [((position << 32) + at, portion, run) for at, run in enumerate(runs_of(mine), 1)]
-    return list(by_number.values()), runs
+        if rank not in portion.ranks:
+            continue
+        numbers = [number for start, stop in portion.runs for number in range(start, stop)]
+        # Of what goes between nodes this rank may not want all.
+        others = [number for number in numbers if number not in by_number]
+        sizes = dict(zip(others, snapshot.chunks.sizes(others), strict=True))
+        mine = [
+            by_number.pop(number)
+            if number in by_number
+            else PlacedChunk(ChunkRead(number, sizes[number], ()), snapshot.place(number))
+            for number in numbers
+        ]
+        for at, run in enumerate(runs_of(mine), 1):
+            name = RunName(at, portion.carried) if portion.carried >= 0 else None
+            turns.append(_Turn((position << 32) + at, portion, run, name))
+    return list(by_number.values()), turns
+
+
+def _listening(
+    group: Group, offer: _Offer, stack: contextlib.ExitStack, seconds_max: float
+) -> tuple[Server | None, _Offer]:
+    """Where other nodes may fetch from this rank."""
+    try:
+        server = Server(group.rank, seconds_max)
+    except OSError as error:
+        return None, msgspec.structs.replace(offer, problem=f"cannot listen for other nodes: {error}")
+    stack.callback(server.close)
+    return server, msgspec.structs.replace(offer, address=(group.host, server.port))
 
 
 def _own_memory(shape: _Shape, said: Wanted, stack: contextlib.ExitStack) -> tuple[_Memory | None, _Offer]:

@@ -68,8 +68,9 @@ def offer(given: Topology | RankPath | None, host: str) -> Offer:
     return Offer(host)
 
 
-def agree(offers: Sequence[Offer], given: Topology | RankPath | None) -> Topology:
-    """The topology of the job whose rank ``r`` offered ``offers[r]``; ``given`` is what rank 0 was given.
+def agree(offers: Sequence[Offer], given: Topology | RankPath | None, nodes: Sequence[int]) -> Topology:
+    """The topology of the job whose rank ``r`` offered ``offers[r]`` and is on ``nodes[r]``; ``given`` is what rank 0
+    was given.
 
     Raises ``TopologyError`` that names the ranks, and the field, in which offers differ.
     """
@@ -94,7 +95,8 @@ def agree(offers: Sequence[Offer], given: Topology | RankPath | None) -> Topolog
         return Topology.from_paths(
             [each.path for each in offers], levels=first.levels, capacities=dict(first.capacities)
         )
-    return Topology.from_hosts(hosts)
+    # Host names of containers repeat; which ranks share a machine is known better.
+    return Topology.from_hosts([str(node) for node in nodes])
 
 
 def _same_topology(offers: Sequence[Offer], given: Topology) -> None:

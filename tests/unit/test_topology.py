@@ -541,18 +541,18 @@ def sent(given: Topology | RankPath | None, host: str) -> Offer:
 def test_ranks_that_were_given_one_topology_get_that_of_their_hosts() -> None:
     cluster = Topology.load(EXAMPLES / "skewed.toml")
     hosts = ["d01", "a001", "d01"]
-    assert agree([sent(cluster, host) for host in hosts], cluster) == cluster.for_hosts(hosts)
+    assert agree([sent(cluster, host) for host in hosts], cluster, range(len(hosts))) == cluster.for_hosts(hosts)
 
 
 def test_ranks_that_know_their_own_paths_get_the_tree_of_all() -> None:
     capacities = {"supernode": "3 GB/s"}
     paths = [RankPath.of(node, rack, capacities=capacities) for node, rack in [("a", "x"), ("b", "x"), ("c", "y")]]
     expected = Topology.from_paths([path.path for path in paths], capacities=capacities)
-    assert agree([sent(path, path.path[0]) for path in paths], paths[0]) == expected
+    assert agree([sent(path, path.path[0]) for path in paths], paths[0], range(len(paths))) == expected
 
 
 def test_ranks_that_know_nothing_get_the_tree_of_their_hosts() -> None:
-    assert agree([sent(None, host) for host in "aab"], None) == Topology.from_hosts(["a", "a", "b"])
+    assert agree([sent(None, host) for host in "aab"], None, [0, 0, 1]) == Topology.from_hosts(["0", "0", "1"])
 
 
 def test_an_offer_is_small_whatever_the_topology() -> None:
@@ -578,12 +578,12 @@ def test_ranks_that_disagree_are_named_with_the_field() -> None:
         ([path, RankPath.of("a", "s")], "node 'a' lies below supernode 'r' by the path of rank 0, .* of rank 1"),
     ]:
         with pytest.raises(TopologyError, match=message):
-            agree([sent(each, "gpu01") for each in given], given[0])
+            agree([sent(each, "gpu01") for each in given], given[0], range(len(given)))
 
 
 def test_a_host_without_a_name_is_an_error_of_its_rank() -> None:
     with pytest.raises(TopologyError, match="the host of rank 1: a name is empty"):
-        agree([sent(None, "a"), sent(None, "")], None)
+        agree([sent(None, "a"), sent(None, "")], None, [0, 1])
 
 
 def test_nodes_are_numbered_as_the_tree_has_them() -> None:
