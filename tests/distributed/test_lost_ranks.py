@@ -91,7 +91,7 @@ def wait_no_longer_than(ckpt: Checkpointer, seconds: float) -> None:
 
 
 def wait_for_others_no_longer_than(ckpt: Checkpointer, seconds: float) -> None:
-    ckpt._saves._options = dataclasses.replace(OPTIONS, commit_seconds_max=seconds)
+    ckpt._saves._options = ckpt._saves._agreements._options = dataclasses.replace(OPTIONS, commit_seconds_max=seconds)
     ckpt._restores._seconds_max = seconds
 
 
