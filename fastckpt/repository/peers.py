@@ -202,6 +202,7 @@ class Server:
         with self._changed:
             if self._left.get(node) and self._lost is None and not self._closed:
                 self._lost = error
+                self._changed.notify_all()
 
 
 class Client:
