@@ -358,6 +358,22 @@ def test_the_layout_that_these_cases_are_made_from_is_right() -> None:
     assert [chunks.writers_of(place) for place in chunks.places(1)] == [{0}, {1}]
 
 
+def over(sizes: list[int], shapes: list[list[int]], splits: list[tuple[int, int]]) -> Layout:
+    """Tensors that are all split alike over all dimensions of a mesh."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    family = families.Family(
+        mesh=Mesh(sizes=sizes, start=0, strides=strides, ranks=[]),
+        sharded=list(range(len(sizes))),
+        tensors=list(range(len(shapes))),
+        splits=[splits] * len(shapes),
+        counts=bytes(4 * math.prod(sizes)),
+    )
+    keys = [f"{number:04}" for number in range(len(shapes))]
+    nothing: dict[str, list[object]] = {"shard_keys": [], "shard_offsets": [], "shard_sizes": [], "units": []}
+    columns = {"keys": keys, "owners": [-1] * len(keys), "dtypes": ["int8"] * len(keys), "shapes": shapes}
+    return one(families=[family], rank_nodes=[0] * math.prod(sizes), writers=[], **nothing, **columns)
+
+
 def mesh(**changes: object) -> Mesh:
     return msgspec.structs.replace(Mesh(sizes=[2, 2], start=0, strides=[2, 1], ranks=[]), **changes)
 
@@ -393,6 +409,18 @@ BAD = {
     "a tied tensor": (one(aliases=[(1, 0)], shapes=[[16, 64], [16, 64], []]), FormatError),
     "a tensor in two families": (one(families=[one().families[0]] * 2), FormatError),
     "more families than may be": (one(families=[one().families[0]] * (families.FAMILIES_MAX + 1)), LimitExceeded),
+    "a mesh of very many dimensions": (
+        one(mesh=mesh(sizes=[2, 2, *[1] * 15], strides=[2, 1, *[0] * 15])),
+        LimitExceeded,
+    ),
+    "dimensions split over very many of the mesh": (
+        over([2] * 16, [[2**16 + number] for number in range(65)], [(0, axis) for axis in range(16)]),
+        LimitExceeded,
+    ),
+    "very many different shapes of shards": (
+        over([30] * 3, [[number * 4 + 1] * 3 for number in range(20)], [(0, 0), (1, 1), (2, 2)]),
+        LimitExceeded,
+    ),
     "a tensor of very many chunks": (one(shapes=[[2**40, 1024], [4, 3], []]), LimitExceeded),
 }
 
