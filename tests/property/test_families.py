@@ -242,6 +242,39 @@ def test_a_repository_that_knows_no_families_gets_the_same_boxes_listed(job: Job
     assert {(ruled.keys[ruled.shard_key(place.shard)], ruled.box(place.shard)) for place in places} == shards
 
 
+@given(jobs(), st.randoms(use_true_random=False))
+def test_ranks_that_list_and_ranks_that_describe_agree_and_write_what_all_would_have_listed(
+    job: Job, random: Random
+) -> None:
+    """And some ranks may have dropped out, of one tensor or of all: what the others hold is enough, or it is not."""
+    by_rule, listed = job.offers(by_rule=True), job.offers(by_rule=False)
+    lacking = [rank for rank in range(job.world_size) if random.random() < 0.15]
+    mixed, plain = {}, {}
+    for rank in range(job.world_size):
+        rules = {offer.key: offer for offer in by_rule[rank].tensors}
+        offers = [o for o in listed[rank].tensors if rank not in lacking or random.random() < 0.5]
+        plain[rank] = msgspec.structs.replace(listed[rank], tensors=offers)
+        chosen = [rules[o.key] if o.key in rules and random.random() < 0.8 else o for o in offers]
+        mixed[rank] = msgspec.structs.replace(by_rule[rank], tensors=chosen)
+    nodes = [0] * job.world_size
+    try:
+        expected, _ = plan_save(plain, {}, nodes, CHUNK_BYTES)
+    except ValueError as error:
+        with pytest.raises(ValueError, match="ranks hold") as caught:
+            plan_save(mixed, {}, nodes, CHUNK_BYTES)
+        assert str(caught.value).split(":")[0] == str(error).split(":")[0]
+        return
+    assert plan_save(mixed, {}, nodes, CHUNK_BYTES, families=False)[0] == expected
+    layout, comparisons = plan_save(mixed, {}, nodes, CHUNK_BYTES)
+    assert comparisons == []
+    check_layout(layout, "x")
+    holders = {key: {rank for rank in plain if any(o.key == key for o in plain[rank].tensors)} for key in layout.keys}
+    for rank in range(job.world_size):
+        for _, pieces in Chunks(layout).of_rank(rank):
+            assert all(rank in holders[layout.keys[layout.shard_key(piece.shard)]] for piece in pieces)
+    written(job, layout)
+
+
 @given(jobs())
 def test_tensors_of_families_that_would_take_too_much_work_are_listed(job: Job) -> None:
     with mock.patch.object(families, "LENGTHS_MAX", 0):
