@@ -260,9 +260,8 @@ def test_ranks_that_list_and_ranks_that_describe_agree_and_write_what_all_would_
     try:
         expected, _ = plan_save(plain, {}, nodes, CHUNK_BYTES)
     except ValueError as error:
-        with pytest.raises(ValueError, match="ranks hold") as caught:
+        with pytest.raises(ValueError, match=f"^{str(error).split(':')[0]}: ranks hold"):
             plan_save(mixed, {}, nodes, CHUNK_BYTES)
-        assert str(caught.value).split(":")[0] == str(error).split(":")[0]
         return
     assert plan_save(mixed, {}, nodes, CHUNK_BYTES, families=False)[0] == expected
     layout, comparisons = plan_save(mixed, {}, nodes, CHUNK_BYTES)

@@ -93,7 +93,7 @@ def test_an_index_that_says_what_the_first_part_does_not_is_damaged(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["same", "own"])
 def test_an_index_that_other_parts_belie_is_damaged_for_whoever_reads_them(tmp_path: Path, kind: str) -> None:
-    odd = {63: {"epoch": 4}} if kind == "same" else dict.fromkeys(range(60), {"late": 7})
+    odd = {63: {"epoch": 4}} if kind == "same" else {rank: {"late": 7} for rank in range(60)}
     name = "epoch" if kind == "same" else "late"
     snapshot = saved(tmp_path, odd)
     assert snapshot.index.values is not None
