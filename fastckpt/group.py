@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import msgspec
 
 from fastckpt import errors
-from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SnapshotDamaged
+from fastckpt.errors import CommitTimeout, FastckptError, RankFailed, SnapshotDamaged, StorageError
 
 log = logging.getLogger("fastckpt")
 
@@ -338,6 +338,7 @@ class _Wire(msgspec.Struct, array_like=True):
     ranks: list[int] = []
     failures: list[tuple[int, bytes]] = []
     where: tuple[str | None, str | None, str | None, int | None] = (None, None, None, None)
+    transient: bool = False
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -352,6 +353,8 @@ def encode_reply(reply: Reply) -> bytes:
         wire.failures = [(rank, encode_reply(error)) for rank, error in reply.failures.items()]
     if isinstance(reply, SnapshotDamaged):
         wire.where = (reply.key, reply.shard, reply.object, reply.offset)
+    if isinstance(reply, StorageError):
+        wire.transient = reply.transient
     return msgspec.msgpack.encode(wire)
 
 
@@ -367,7 +370,10 @@ def decode_reply(data: bytes) -> Reply:
     if wire.error == "SnapshotDamaged":
         key, shard, name, offset = wire.where
         return SnapshotDamaged(wire.message, key=key, shard=shard, object=name, offset=offset)
-    return _rebuilt(wire.error, wire.message)
+    error = _rebuilt(wire.error, wire.message)
+    if isinstance(error, StorageError):
+        error.transient = wire.transient
+    return error
 
 
 def _rebuilt(name: str, message: str) -> BaseException:

@@ -21,17 +21,21 @@ import numpy.typing as npt
 
 from fastckpt.errors import FormatError, LimitExceeded
 from fastckpt.format.chunk import CHUNKS_MAX, bundle_bytes_max, chunk_cuts, tiny_bytes_max
-from fastckpt.format.shard import RANK_MAX, Box
+from fastckpt.format.shard import Box
 
 FAMILIES_MAX = 4096
 HOLDERS_MAX = 2**23
 """Ranks of the meshes of all families of a layout together."""
+MESH_DIMS_MAX = 16
 LENGTHS_MAX = 2**22
 """Ways to split a dimension times runs of classes with equal lengths, of a family: these are in memory together."""
 WORK_MAX = 2**26
-"""Lengths that checking all families of a layout may look at: ways to split times classes, and tensors times distinct
-sizes of shards."""
+"""Numbers that checking all families of a layout may look at, see ``Spread.work``."""
+WAY_WORK = 256
+"""A way to split is looked at anew for each set of classes with equal lengths, which takes as long as so many numbers,
+be the set as small as it may."""
 _CACHED = 64
+_CACHED_TENSORS = 2**22
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Ints = npt.NDArray[np.int64]
@@ -92,8 +96,10 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def check_mesh(mesh: Mesh, world_size: int, name: str) -> None:
     """``FormatError`` unless these are distinct ranks of a job of ``world_size``."""
-    if len(mesh.sizes) > RANK_MAX or 0 in mesh.sizes or math.prod(mesh.sizes) > world_size:
-        raise FormatError(f"{name}: a mesh of sizes {mesh.sizes[:RANK_MAX]} of {world_size} ranks")
+    if len(mesh.sizes) > MESH_DIMS_MAX:
+        raise LimitExceeded(f"{name}: a mesh of {len(mesh.sizes)} dimensions, at most {MESH_DIMS_MAX} are allowed")
+    if 0 in mesh.sizes or math.prod(mesh.sizes) > world_size:
+        raise FormatError(f"{name}: a mesh of sizes {mesh.sizes} of {world_size} ranks")
     if mesh.ranks:
         fits = len(mesh.ranks) == math.prod(mesh.sizes) and not mesh.strides and not mesh.start
         last = max(mesh.ranks)
@@ -218,17 +224,18 @@ class Spread:
                     self._first_way[position] = way
             self._rest[position] = item * math.prod(size for dim, size in enumerate(shape) if dim not in by_dim)
         self._way_list = list(ways)
+        self._way_steps = sum(len(axes) for _, axes in ways)
         self._row_bytes: Ints = np.array(
             [math.prod(shape[1:]) * item for shape, item in zip(shapes, items, strict=True)], np.int64
         )
         self._find_sizes()
-        self._sized = functools.lru_cache(_CACHED)(self._make_sized)
+        self._sized = functools.lru_cache(max(1, min(_CACHED, _CACHED_TENSORS // max(1, count))))(self._make_sized)
         self._grid_firsts = functools.lru_cache(_CACHED)(self._make_grid_firsts)
 
     def _find_sizes(self) -> None:
         """Tells classes apart by the lengths of all ways to split."""
         ways = len(self._way_list)
-        if ways * self.classes > WORK_MAX:
+        if self._way_steps * self.classes > WORK_MAX:
             raise LimitExceeded(f"{self._name}: {ways} ways to split over {self.classes} classes of ranks")
         at = np.unravel_index(np.arange(self.classes), self.class_sizes) if self.class_sizes else ()
         begins = np.zeros(self.classes, bool)
@@ -249,11 +256,19 @@ class Spread:
         )
         """For each class the number of its lengths in ``_lengths``."""
         self._lengths = [np.frombuffer(data, np.int64) for data in numbers]
+        self._by_size: Ints = np.argsort(self._size_of, kind="stable")
+        self._size_first: Ints = np.searchsorted(self._size_of[self._by_size], np.arange(len(numbers) + 1))
+
+    def _classes_of(self, number: int) -> Ints:
+        """The classes whose lengths are ``number``'s, ascending."""
+        return self._by_size[self._size_first[number] : self._size_first[number + 1]]
 
     @property
     def work(self) -> int:
         """Numbers that ``totals`` has to look at."""
-        return len(self._way_list) * self.classes + len(self.family.tensors) * len(self._lengths)
+        sizes = len(self._lengths)
+        of_sizes = sizes * (len(self.family.tensors) + WAY_WORK * len(self._way_list))
+        return self._way_steps * self.classes + of_sizes
 
     def _lay(self, way: int, at: Sequence[Ints]) -> tuple[Any, Any]:
         """Offsets and lengths of one way to split, at coordinates in the sharded dimensions."""
@@ -310,7 +325,7 @@ class Spread:
         found = np.zeros(self.classes, np.int64)
         looked_at = 0
         for number in range(len(self._lengths)):
-            classes = np.flatnonzero(self._size_of == number)
+            classes = self._classes_of(number)
             looked_at += len(classes) * len(self._sized(number).grid)
             if looked_at > CHUNKS_MAX:
                 raise LimitExceeded(f"{self._name}: more than {CHUNKS_MAX} chunks")
@@ -318,6 +333,7 @@ class Spread:
             if counts.size and int(counts.max()) > CHUNKS_MAX:
                 raise LimitExceeded(f"{self._name}: a shard of more than {CHUNKS_MAX} chunks")
             found[classes] = len(self._sized(number).bundles) + counts.sum(axis=1)
+        self._sized.cache_clear()  # a layout may have many families of which little is asked afterwards
         return found
 
     def class_bytes(self) -> Ints:
@@ -414,13 +430,13 @@ class Spread:
     def shards_alike(self) -> Iterator[tuple[Ints, Ints]]:
         """Sets of classes whose shards have equal sizes, and these sizes, in bytes, by tensor."""
         for number in range(len(self._lengths)):
-            yield np.flatnonzero(self._size_of == number), self._sized(number).bytes
+            yield self._classes_of(number), self._sized(number).bytes
 
     def alike(self) -> Iterator[tuple[Ints, list[int]]]:
         """Sets of classes whose chunks are of equal sizes, and these sizes, in bytes, in order."""
         for number in range(len(self._lengths)):
             sized = self._sized(number)
-            classes = np.flatnonzero(self._size_of == number)
+            classes = self._classes_of(number)
             for members in self._by_phase(number, classes):
                 yield (
                     members,

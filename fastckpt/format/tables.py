@@ -211,6 +211,14 @@ class Chunks:
         """Chunks of listed units."""
         return self._unit_first[-1]
 
+    @functools.cached_property
+    def node_ranks(self) -> list[list[int]]:
+        """By node, its ranks, ascending."""
+        found: list[list[int]] = [[] for _ in range(max(self.layout.rank_nodes) + 1)]
+        for rank, node in enumerate(self.layout.rank_nodes):
+            found[node].append(rank)
+        return found
+
     def row_count(self, rank: int) -> int:
         """The number of chunks that a rank wrote."""
         return int(self._rows[rank])
@@ -571,7 +579,7 @@ def decode_part(data: bytes, info: PartInfo, attempt: str, layout: Layout, layou
     if len(data) != info.size or document.digest(data) != info.digest:
         raise FormatError(f"{name}: damaged: its bytes do not have the digest its index names")
     part: Part = document.unpack_table(data, Part, name)
-    ranks = [rank for rank, node in enumerate(layout.rank_nodes) if node == info.node]
+    ranks = chunks.node_ranks[info.node]
     if part.attempt != attempt or part.node != info.node or part.layout != layout_digest:
         raise FormatError(f"{name}: belongs to another attempt, node or layout")
     if [table.rank for table in part.tables] != ranks:

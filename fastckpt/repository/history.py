@@ -176,8 +176,16 @@ class History:
             )
 
         self.refresh()
-        if attempt not in self._aborted and not self.committed(attempt):
+        if self._is_decided(attempt):
+            return
+        try:
             self._append(entry)
+        except AnotherWriter:
+            raise
+        except SaveError:
+            # A create of its COMMIT that nobody waits for any more may come to light between two looks.
+            if not self._is_decided(attempt):
+                raise
 
     def confirm(self, number: int) -> None:
         """Makes sure that a decision that was read is durable too; raises ``StorageError`` if that cannot be known."""
@@ -191,6 +199,9 @@ class History:
     def aborted(self, attempt: str) -> bool:
         """Whether an ABORT of ``attempt`` is among the decisions read."""
         return attempt in self._aborted
+
+    def _is_decided(self, attempt: str) -> bool:
+        return self.aborted(attempt) or self.committed(attempt)
 
     def fenced(self, writer: str) -> bool:
         """Whether a later OPEN than the writer's own is among the decisions read."""

@@ -63,6 +63,8 @@ class Snapshot:
         self._rolls: dict[int, list[PartInfo]] = {}
         self._parts: dict[int, Part] = {}
         self._rows: dict[int, Rows] = {}
+        self._tables: dict[int, RankTable] = {}
+        """Those that were asked for."""
         self._blobs: dict[int, dict[builtins.bytes, builtins.bytes]] = {}
 
     def __repr__(self) -> str:
@@ -181,9 +183,33 @@ class Snapshot:
         return self._rolls[number][position]
 
     def table(self, rank: int) -> RankTable:
-        node = self.layout.rank_nodes[rank]
-        tables = self.part(node).tables
-        return tables[bisect.bisect_left(tables, rank, key=lambda table: table.rank)]
+        with self._lock:
+            if rank not in self._tables:
+                tables = self.part(self.layout.rank_nodes[rank]).tables
+                table = tables[bisect.bisect_left(tables, rank, key=lambda table: table.rank)]
+                self._check_kinds(table)
+                self._tables[rank] = table
+            return self._tables[rank]
+
+    def _check_kinds(self, table: RankTable) -> None:
+        """What the index says of values must be so in every table that is looked at: most are not."""
+        kinds = self.index.values
+        if kinds is None:
+            return
+        other = next(iter(self._tables.values()), table).values
+        for name, kind in kinds.items():
+            is_there = kind == "some" or name in table.values
+            if not is_there or (kind == "same" and table.values[name] != other[name]):
+                raise self._damaged(
+                    names.index(self.attempt),
+                    f"says that every rank has {'an equal' if kind == 'same' else 'a'} value {name!r}, and rank "
+                    f"{table.rank} has not",
+                    key=name,
+                )
+        if unknown := sorted(table.values.keys() - kinds.keys()):
+            raise self._damaged(
+                names.index(self.attempt), f"says nothing of value {unknown[0]!r}, which rank {table.rank} has"
+            )
 
     def place(self, chunk: int) -> ChunkPlace:
         """Where a chunk lies."""
@@ -225,13 +251,12 @@ class Snapshot:
     # Values.
 
     def value_kinds(self) -> dict[str, ValueKind] | None:
-        """What kind of value each name is, or None if only the tables of all ranks tell. Reads the first part."""
-        kinds = self.index.values
-        if kinds is not None:
-            first = set(self.value_digests(0))
-            if not first <= set(kinds) or any(kind != "some" for name, kind in kinds.items() if name not in first):
-                raise self._damaged(names.index(self.attempt), "has not the values that its first part has")
-        return kinds
+        """What kind of value each name is, or None if only the tables of all ranks tell. Reads the first part, to see
+        whether it agrees."""
+        if self.index.values is not None:
+            for table in self.part(0).tables:
+                self.table(table.rank)
+        return self.index.values
 
     def value_digests(self, rank: int) -> dict[str, str]:
         """The digest of every per-rank value of a rank, by name."""

@@ -47,8 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((_, (piece,)),) = chunks.of_rank(rank)
         rows = CONTENT[layout.box(piece.shard).slices()].tobytes()
         writer = ChunkWriter(store, attempt, rank, [len(rows)], "raw", Trace())
-        writer.streams[0].write(0, memoryview(rows))
-        writer.streams[0].close()
+        (stream,) = writer.streams
+        stream.write(stream.batches[0], memoryview(rows))
+        stream.close()
         table = writer.table({name: chunk_hash(blob) for name, blob in values.items()})
         parts.append(write_part(store, attempt, rank, digest(data), [table], values.values()))
         tables.append(table.values)

@@ -7,6 +7,7 @@ call is answered, so whoever leaves the ``with`` block ends the server, and with
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import importlib
@@ -126,6 +127,9 @@ def serve(backing: str, point: str, dies_at: str) -> None:
     import mfusepy
 
     gate = Gate(dies_at)
+    lock = threading.Lock()
+    opened: collections.Counter[str] = collections.Counter()
+    """Directories, by path."""
 
     def listen() -> None:
         for _ in sys.stdin:
@@ -157,9 +161,23 @@ def serve(backing: str, point: str, dies_at: str) -> None:
             os.mkdir(backing + path, mode)
             return 0
 
+        def opendir(self, path: str) -> int:
+            with lock:
+                opened[path] += 1
+            return 0
+
+        def releasedir(self, path: str, fh: int) -> int:
+            with lock:
+                opened[path] -= 1
+            return 0
+
         def rmdir(self, path: str) -> int:
             gate.pass_through("rmdir", path)
-            os.rmdir(backing + path)
+            with lock:
+                # The C library calls a directory that is gone stale to whoever has it open; no local file system does.
+                if opened[path]:
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                os.rmdir(backing + path)
             return 0
 
         def unlink(self, path: str) -> int:

@@ -242,6 +242,38 @@ def test_a_repository_that_knows_no_families_gets_the_same_boxes_listed(job: Job
     assert {(ruled.keys[ruled.shard_key(place.shard)], ruled.box(place.shard)) for place in places} == shards
 
 
+@given(jobs(), st.randoms(use_true_random=False))
+def test_ranks_that_list_and_ranks_that_describe_agree_and_write_what_all_would_have_listed(
+    job: Job, random: Random
+) -> None:
+    """And some ranks may have dropped out, of one tensor or of all: what the others hold is enough, or it is not."""
+    by_rule, listed = job.offers(by_rule=True), job.offers(by_rule=False)
+    lacking = [rank for rank in range(job.world_size) if random.random() < 0.15]
+    mixed, plain = {}, {}
+    for rank in range(job.world_size):
+        rules = {offer.key: offer for offer in by_rule[rank].tensors}
+        offers = [o for o in listed[rank].tensors if rank not in lacking or random.random() < 0.5]
+        plain[rank] = msgspec.structs.replace(listed[rank], tensors=offers)
+        chosen = [rules[o.key] if o.key in rules and random.random() < 0.8 else o for o in offers]
+        mixed[rank] = msgspec.structs.replace(by_rule[rank], tensors=chosen)
+    nodes = [0] * job.world_size
+    try:
+        expected, _ = plan_save(plain, {}, nodes, CHUNK_BYTES)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=f"^{str(error).split(':')[0]}: ranks hold"):
+            plan_save(mixed, {}, nodes, CHUNK_BYTES)
+        return
+    assert plan_save(mixed, {}, nodes, CHUNK_BYTES, families=False)[0] == expected
+    layout, comparisons = plan_save(mixed, {}, nodes, CHUNK_BYTES)
+    assert comparisons == []
+    check_layout(layout, "x")
+    holders = {key: {rank for rank in plain if any(o.key == key for o in plain[rank].tensors)} for key in layout.keys}
+    for rank in range(job.world_size):
+        for _, pieces in Chunks(layout).of_rank(rank):
+            assert all(rank in holders[layout.keys[layout.shard_key(piece.shard)]] for piece in pieces)
+    written(job, layout)
+
+
 @given(jobs())
 def test_tensors_of_families_that_would_take_too_much_work_are_listed(job: Job) -> None:
     with mock.patch.object(families, "LENGTHS_MAX", 0):
@@ -358,6 +390,22 @@ def test_the_layout_that_these_cases_are_made_from_is_right() -> None:
     assert [chunks.writers_of(place) for place in chunks.places(1)] == [{0}, {1}]
 
 
+def over(sizes: list[int], shapes: list[list[int]], splits: list[tuple[int, int]]) -> Layout:
+    """Tensors that are all split alike over all dimensions of a mesh."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    family = families.Family(
+        mesh=Mesh(sizes=sizes, start=0, strides=strides, ranks=[]),
+        sharded=list(range(len(sizes))),
+        tensors=list(range(len(shapes))),
+        splits=[splits] * len(shapes),
+        counts=bytes(4 * math.prod(sizes)),
+    )
+    keys = [f"{number:04}" for number in range(len(shapes))]
+    nothing: dict[str, list[object]] = {"shard_keys": [], "shard_offsets": [], "shard_sizes": [], "units": []}
+    columns = {"keys": keys, "owners": [-1] * len(keys), "dtypes": ["int8"] * len(keys), "shapes": shapes}
+    return one(families=[family], rank_nodes=[0] * math.prod(sizes), writers=[], **nothing, **columns)
+
+
 def mesh(**changes: object) -> Mesh:
     return msgspec.structs.replace(Mesh(sizes=[2, 2], start=0, strides=[2, 1], ranks=[]), **changes)
 
@@ -393,6 +441,18 @@ BAD = {
     "a tied tensor": (one(aliases=[(1, 0)], shapes=[[16, 64], [16, 64], []]), FormatError),
     "a tensor in two families": (one(families=[one().families[0]] * 2), FormatError),
     "more families than may be": (one(families=[one().families[0]] * (families.FAMILIES_MAX + 1)), LimitExceeded),
+    "a mesh of very many dimensions": (
+        one(mesh=mesh(sizes=[2, 2, *[1] * 15], strides=[2, 1, *[0] * 15])),
+        LimitExceeded,
+    ),
+    "dimensions split over very many of the mesh": (
+        over([2] * 16, [[2**16 + number] for number in range(65)], [(0, axis) for axis in range(16)]),
+        LimitExceeded,
+    ),
+    "very many different shapes of shards": (
+        over([30] * 3, [[number * 4 + 1] * 3 for number in range(20)], [(0, 0), (1, 1), (2, 2)]),
+        LimitExceeded,
+    ),
     "a tensor of very many chunks": (one(shapes=[[2**40, 1024], [4, 3], []]), LimitExceeded),
 }
 

@@ -12,6 +12,8 @@ import pytest
 from fastckpt.errors import (
     CommitTimeout,
     FastckptError,
+    ObjectNotFound,
+    OutOfSpace,
     RankFailed,
     SaveError,
     SnapshotDamaged,
@@ -358,6 +360,17 @@ def test_what_is_missing_and_what_failed_survives() -> None:
     assert str(failed) == "rank 3 failed"
     assert type(failed.failures[3]) is ValueError
     assert str(failed.failures[4]) == "OSError: gone"
+
+
+@pytest.mark.parametrize("transient", [True, False])
+@pytest.mark.parametrize("kind", [StorageError, ObjectNotFound, OutOfSpace])
+def test_whether_trying_again_may_help_survives(kind: type[StorageError], transient: bool) -> None:
+    alone = over_the_wire(kind("busy", transient=transient))
+    among = over_the_wire(RankFailed("rank 3 failed", {3: kind("busy", transient=transient)}))
+    assert isinstance(among, RankFailed)
+    for back in (alone, among.failures[3]):
+        assert isinstance(back, kind)
+        assert back.transient == transient
 
 
 @pytest.mark.parametrize(

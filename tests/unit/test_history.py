@@ -169,6 +169,16 @@ def test_a_writer_that_loses_the_race_to_a_commit_takes_the_next_number() -> Non
     assert len(history.read_all()) == 3
 
 
+def test_an_abort_that_loses_the_race_to_a_late_commit_of_its_attempt_appends_nothing() -> None:
+    store = Interleaved("test")
+    history, writer = opened(store)
+    late = loaded(store)
+    store.before = ("create", lambda: commit(late, writer, 1))
+    history.append_abort(writer, names.attempt(writer, 1))
+    assert history.committed(names.attempt(writer, 1))
+    assert [type(entry) for entry in decisions(store)] == [Open, Commit]
+
+
 def test_an_attempt_that_is_committed_already_is_not_committed_again(store: MemoryStore) -> None:
     history, writer = opened(store)
     commit(history, writer, 1)

@@ -68,9 +68,37 @@ def test_one_rank_that_differs_makes_a_value_each_ranks_own(tmp_path: Path) -> N
     assert found(snapshot)["epoch"] == (3, tuple(range(RANKS)), False)
 
 
-@pytest.mark.parametrize("values", [{"epoch": "same"}, {"epoch": "same", "more": "own", "seed": "own"}])
-def test_an_index_that_says_what_the_first_part_does_not_is_damaged(tmp_path: Path, values: dict[str, Any]) -> None:
+LIES = {
+    "a name is missing": ({"epoch": "same"}, "says nothing of value 'seed', which rank 0 has"),
+    "a name too many": (
+        {"epoch": "same", "more": "own", "seed": "own"},
+        "says that every rank has a value 'more', and rank 0 has not",
+    ),
+    "ranks of the first node differ": (
+        {"epoch": "same", "seed": "same"},
+        "says that every rank has an equal value 'seed', and rank 1 has not",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_index_that_says_what_the_first_part_does_not_is_damaged(tmp_path: Path, lie: str) -> None:
+    values, says = LIES[lie]
     snapshot = saved(tmp_path)
     snapshot._index = msgspec.structs.replace(snapshot.index, values=values)
-    with pytest.raises(SnapshotDamaged, match="has not the values that its first part has"):
+    with pytest.raises(SnapshotDamaged, match=says) as caught:
         values_of(snapshot, 5, 48, EVERYTHING)
+    assert caught.value.object == f"attempts/{snapshot.attempt}/index"
+
+
+@pytest.mark.parametrize("kind", ["same", "own"])
+def test_an_index_that_other_parts_belie_is_damaged_for_whoever_reads_them(tmp_path: Path, kind: str) -> None:
+    odd = {63: {"epoch": 4}} if kind == "same" else {rank: {"late": 7} for rank in range(60)}
+    name = "epoch" if kind == "same" else "late"
+    snapshot = saved(tmp_path, odd)
+    assert snapshot.index.values is not None
+    snapshot._index = msgspec.structs.replace(snapshot.index, values={**snapshot.index.values, name: kind})
+    assert name in found(snapshot), "it reads one part"
+    for read in (lambda: snapshot.value(name, 63), lambda: snapshot.read(snapshot.keys()[0])):
+        with pytest.raises(SnapshotDamaged, match=f"value '{name}', and rank 6[0-3] has not"):
+            read()
