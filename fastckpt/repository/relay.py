@@ -12,120 +12,56 @@ is copying from is not filled again. Nothing can deadlock. Who finds a run copie
 and workers look for such runs before all else. Between nodes all read and fetch in one order, into slots for the one
 and slots for the other: of all runs that are not yet everywhere, the first has been read or is next, and so is its
 fetching on every node. So every slot becomes free, and every reader can go on.
-
-Only ranks of one user and one job meet here. A token, drawn anew each time, tells that what was mapped is what was
-meant: process ids are not the same everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
-import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
 
-from fastckpt.buffers import in_pages, map_shared
 from fastckpt.errors import CommitTimeout, RankFailed, RestoreError
-from fastckpt.group import Deadline, Decide, Group, PeerGaveUp, Reply, checked, gave_up, missing_ranks_error
+from fastckpt.group import Deadline, Group, PeerGaveUp, Reply, checked, gave_up, missing_ranks_error
 from fastckpt.plan.relay_plan import Portion, Wanted, plan_node, wanted
 from fastckpt.plan.restore_plan import ChunkRead, Want
-from fastckpt.repository.chunk_reader import READ_BYTES_MAX, Fetch, Passed, Passing, PlacedChunk, Run, runs_of
+from fastckpt.repository.chunk_reader import Fetch, Passed, Passing, PlacedChunk, Run, runs_of
 from fastckpt.repository.fanout import Address, FanoutAnswer, FanoutEnd, JobFanout, node_line
 from fastckpt.repository.peers import RunName, Server
 from fastckpt.repository.reader import Snapshot
-from fastckpt.storage.store import BLOCK_BYTES
+from fastckpt.repository.slots import BEAT, FINISHED, GAVE_UP, SLOTS, Memory, Shape, Where, mapped, own_memory
 
 log = logging.getLogger("fastckpt")
 
-MEMORY_BYTES_MAX = 64 * 1024 * 1024
-"""Of one rank's slots, unless ``SLOTS_MIN`` of them take more."""
-SLOTS_MIN = 4
 WAIT_SHARE = 0.85
 """Of ``commit_seconds_max``: storage that is silent is given up earlier, and whoever waits for the end of the restore
 waits longer, so that each can say what is wrong."""
 LEADERS_SHARE, LEADERS_ANSWER_SHARE = 0.88, 0.91
 ANSWER_SHARE = 0.95
 
-_NAME = "fastckpt-relay"
-# The words of a rank's memory: behind the token these two, then the numbers of the runs in its slots, and for each rank
-# of the node the numbers of the runs that were taken from the slots of that one.
-_TOKEN_BYTES = 16
-_GAVE_UP, _BEAT, _SLOTS = 2, 3, 4
-_WORD_BYTES = 8
-_FINISHED = 2**64 - 1
-
 
 class _Offer(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank wants, and how others come to its memory."""
+    """What a rank wants, and how others come to what it reads."""
 
     wanted: Wanted
-    process: int
-    descriptor: int
-    token: bytes
-    problem: str
-    """Why it has no memory, if it has none."""
-    address: Address = ("", 0)
+    memory: Where
+    address: Address
     """Where ranks of other nodes fetch from it, if they do."""
+    problem: str
+    """Why they cannot."""
 
 
 class _Answer(msgspec.Struct, array_like=True, frozen=True):
     portions: list[Portion]
-    memories: dict[int, tuple[int, int, bytes]]
-    """For each rank: process, descriptor, token."""
+    memories: dict[int, Where]
     problem: str
+    """Why the ranks of the node cannot share, if so."""
     job: FanoutAnswer
-
-
-class _Memory:
-    """One rank's memory, as mapped here."""
-
-    def __init__(self, descriptor: int, shape: _Shape) -> None:
-        self._shape = shape
-        self._map = map_shared(descriptor, shape.bytes)
-        self._view = memoryview(self._map)
-        self.words = self._view[: shape.words * _WORD_BYTES].cast("Q")
-
-    @property
-    def token(self) -> bytes:
-        return bytes(self._view[:_TOKEN_BYTES])
-
-    def write_token(self, token: bytes) -> None:
-        self._view[:_TOKEN_BYTES] = token
-
-    def slot(self, number: int) -> memoryview:
-        start = in_pages(self._shape.words * _WORD_BYTES) + number * self._shape.slot_bytes
-        return self._view[start : start + self._shape.slot_bytes]
-
-    def close(self) -> None:
-        self.words.release()
-        self._view.release()
-        with contextlib.suppress(BufferError):  # a call that was left behind holds a slot; the rest goes with that
-            self._map.close()
-
-
-class _Shape:
-    """How every rank's memory is laid out."""
-
-    def __init__(self, chunk_bytes: int, members: int, fetches: bool) -> None:
-        # The most that a chunk may take, as stored: see ``format/tables``.
-        largest = max(READ_BYTES_MAX, chunk_bytes + chunk_bytes // 128 + 1024)
-        self.slot_bytes = in_pages(largest + BLOCK_BYTES - 1)
-        self.reading_slots = max(SLOTS_MIN, MEMORY_BYTES_MAX // self.slot_bytes)
-        self.slots = self.reading_slots * (2 if fetches else 1)
-        """First those that are filled from storage, then as many for what is fetched."""
-        self.words = _SLOTS + self.slots * (1 + members)
-        self.bytes = in_pages(self.words * _WORD_BYTES) + self.slots * self.slot_bytes
-
-    def taken(self, member: int, slot: int) -> int:
-        """The word for what was taken from a slot of the n-th rank of the node."""
-        return _SLOTS + self.slots * (1 + member) + slot
 
 
 class _Turn(NamedTuple):
@@ -152,8 +88,8 @@ class NodeRelay:
         self,
         members: Sequence[int],
         rank: int,
-        shape: _Shape,
-        memories: Mapping[int, _Memory],
+        shape: Shape,
+        memories: Mapping[int, Memory],
         turns: Sequence[_Turn],
         seconds_max: float,
         fanout: FanoutEnd | None = None,
@@ -193,9 +129,9 @@ class NodeRelay:
         self._note_beats()
 
     def next(self) -> Passed | Passing | None:
-        self._own.words[_BEAT] += 1
+        self._own.words[BEAT] += 1
         for rank, peer in self._peers.items():
-            if blamed := peer.words[_GAVE_UP]:
+            if blamed := peer.words[GAVE_UP]:
                 raise gave_up(rank, blamed - 1, self._rank)
         if self._fanout is not None:
             self._fanout.check()
@@ -217,7 +153,7 @@ class NodeRelay:
         for reader, expected in self._expected.items():
             words = self._peers[reader].words
             for slot in range(self._shape.slots if expected else 0):
-                number = words[_SLOTS + slot]
+                number = words[SLOTS + slot]
                 if (run := expected.pop(number, None)) is not None:
                     return Passed(reader, slot, number, run, self._peers[reader].slot(slot))
         return None
@@ -258,7 +194,7 @@ class NodeRelay:
     # that orders them for other processors too.
 
     def publish(self, task: Passing) -> None:
-        self._own.words[_SLOTS + task.slot] = task.number
+        self._own.words[SLOTS + task.slot] = task.number
         turn = self._in_slot[task.slot]
         if self._fanout is not None and turn is not None and turn.name is not None and turn.portion.source < 0:
             self._fanout.publish(turn.name, task.run.raw_views(task.buffer))
@@ -270,11 +206,11 @@ class NodeRelay:
             self._own.words[self._shape.taken(self._member[task.reader], task.slot)] = task.number
 
     def _note_beats(self) -> None:
-        self._beats = {rank: peer.words[_BEAT] for rank, peer in self._peers.items()}
+        self._beats = {rank: peer.words[BEAT] for rank, peer in self._peers.items()}
 
     def raise_late(self) -> None:
         # Of those that are waited for some may themselves be waiting, for one of which there was no sign of life.
-        silent = {rank for rank, beat in self._beats.items() if self._peers[rank].words[_BEAT] == beat != _FINISHED}
+        silent = {rank for rank, beat in self._beats.items() if self._peers[rank].words[BEAT] == beat != FINISHED}
         awaited = {rank for rank, expected in self._expected.items() if expected}
         awaited |= {rank for slot in range(self._shape.slots) for rank in self._not_taken(slot)}
         if self._fanout is not None:
@@ -283,13 +219,13 @@ class NodeRelay:
 
     def give_up(self, error: BaseException) -> None:
         blamed = error.missing_ranks[0] if isinstance(error, CommitTimeout) and error.missing_ranks else self._rank
-        self._own.words[_GAVE_UP] = 1 + blamed
+        self._own.words[GAVE_UP] = 1 + blamed
         if self._fanout is not None:
             self._fanout.give_up(blamed)
 
     def finish(self) -> None:
         """Nobody need wait for a sign of life of this rank any more."""
-        self._own.words[_BEAT] = _FINISHED
+        self._own.words[BEAT] = FINISHED
         if self._fanout is not None:
             self._fanout.close()
 
@@ -319,55 +255,43 @@ def relayed(
         yield chunks, None
         return
     with contextlib.ExitStack() as stack:
+        meeting = _Meeting(group, members, name, seconds_max)
         failure: Exception | None = None
+        server: Server | None = None
         line: Reply
         try:
             with snapshot.trace.span("plan"):
                 chunks = snapshot.plan(wants)
-            shape = _Shape(snapshot.layout.chunk_bytes, len(members), job is not None)
             said = wanted([chunk.read.chunk for chunk in chunks], sum(chunk.read.raw_bytes for chunk in chunks))
-            own, offer = _own_memory(shape, said, stack)
-            server = None
-            if job is not None and own is not None:
-                server, offer = _listening(group, offer, stack, seconds_max * WAIT_SHARE)
-            line = msgspec.msgpack.encode(offer)
+            shape = Shape(snapshot.layout.chunk_bytes, len(members), job is not None)
+            own, where = own_memory(shape, stack)
+            problem = ""
+            if job is not None:
+                server, problem = _listening(group.rank, stack, seconds_max * WAIT_SHARE)
+            address = (group.host, server.port if server is not None else 0)
+            line = msgspec.msgpack.encode(_Offer(said, where, address, problem))
         except Exception as error:
             line = failure = error
-
-        def deal(replies: dict[int, Reply]) -> bytes:
-            return msgspec.msgpack.encode(_dealt(group, members, name, snapshot, replies, job, start, seconds_max))
-
-        def exchange(what: str, reply: Reply, decide: Decide) -> bytes:
-            until = Deadline(start + seconds_max * WAIT_SHARE, start + seconds_max * ANSWER_SHARE)
-            return group.exchange(
-                f"{name}/{what}", reply, decide, members=members, until=until, what="the ranks of a node to restore"
-            )
-
         start = time.monotonic()
-        try:
-            answer = msgspec.msgpack.decode(exchange("wanted", line, deal), type=_Answer)
-        except (RankFailed, CommitTimeout) as error:
-            if failure is not None:
-                raise failure from None
-            if isinstance(error, RankFailed):
-                raise PeerGaveUp(str(error), sorted(error.failures)) from error
-            raise
+        answer = msgspec.msgpack.decode(
+            meeting.exchange("wanted", line, failure, lambda replies: _dealt(meeting, snapshot, replies, job, start)),
+            type=_Answer,
+        )
         relay: NodeRelay | None = None
         if answer.portions:
             problem = answer.problem
-            memories: dict[int, _Memory] = {}
-            if not problem and own is not None:
-                problem, memories = _mapped(answer, group.rank, own, shape, stack)
-
-            def first_problem(replies: dict[int, Reply]) -> bytes:
-                return next(filter(None, checked(replies).values()), b"")
-
-            start = time.monotonic()
-            problem = exchange("mapped", problem.encode(), first_problem).decode()
+            memories: dict[int, Memory] = {}
+            try:
+                if not problem and own is not None:
+                    mine, turns = _turns(snapshot, chunks, answer.portions, group.rank)
+                    sharing = {rank for portion in answer.portions for rank in portion.ranks}
+                    problem, memories = mapped(answer.memories, sharing, group.rank, own, shape, stack)
+                line = problem.encode()
+            except Exception as error:
+                line = failure = error
+            problem = meeting.exchange("mapped", line, failure, _first_problem).decode()
             if problem and answer.job.fanout.carried:
-                raise RestoreError(
-                    f"{problem}. Nothing can be read for other nodes so: use Options(read_fanout='node')"
-                )
+                raise RestoreError(f"{problem}. Then nodes cannot read for each other: use Options(read_fanout='node')")
             if problem and group.rank == members[0]:
                 log.info(
                     "step %d: each rank of this node reads all that it wants, since they cannot share memory: %s",
@@ -375,12 +299,12 @@ def relayed(
                     problem,
                 )
             if not problem:
-                chunks, turns = _turns(snapshot, chunks, answer.portions, group.rank)
                 fanout = None
                 if job is not None and server is not None and answer.job.fanout.carried:
                     read = [turn.name for turn in turns if turn.name is not None and turn.is_read_by(group.rank)]
                     sources = {turn.portion.source for turn in turns if turn.is_fetched_by(group.rank)}
                     fanout = FanoutEnd(job, answer.job, server, read, sources, seconds_max * WAIT_SHARE)
+                chunks = mine
                 relay = NodeRelay(members, group.rank, shape, memories, turns, seconds_max * WAIT_SHARE, fanout)
         try:
             yield chunks, relay
@@ -392,40 +316,76 @@ def relayed(
             relay.finish()
 
 
+@dataclass(frozen=True)
+class _Meeting:
+    """The exchanges of the ranks of a node in one restore."""
+
+    group: Group
+    members: Sequence[int]
+    name: str
+    seconds_max: float
+
+    def until(self, start: float, replies: float, answer: float) -> Deadline:
+        """These shares of the longest wait after ``start``."""
+        return Deadline(start + self.seconds_max * replies, start + self.seconds_max * answer)
+
+    def exchange(self, what: str, reply: Reply, failure: Exception | None, decide: Callable[..., bytes]) -> bytes:
+        """The leader's answer. Raises what kept this rank from having a reply; ``PeerGaveUp`` if another has none."""
+        try:
+            return self.group.exchange(
+                f"{self.name}/{what}",
+                reply,
+                decide,
+                members=self.members,
+                until=self.until(time.monotonic(), WAIT_SHARE, ANSWER_SHARE),
+                what="the ranks of a node to restore",
+            )
+        except (RankFailed, CommitTimeout) as error:
+            if failure is not None:
+                raise failure from None
+            if isinstance(error, RankFailed):
+                raise PeerGaveUp(str(error), sorted(error.failures)) from error
+            raise
+
+
+def _first_problem(replies: dict[int, Reply]) -> bytes:
+    return next(filter(None, checked(replies).values()), b"")
+
+
 def _dealt(
-    group: Group,
-    members: Sequence[int],
-    name: str,
-    snapshot: Snapshot,
-    replies: Mapping[int, Reply],
-    job: JobFanout | None,
-    start: float,
-    seconds_max: float,
-) -> _Answer:
+    meeting: _Meeting, snapshot: Snapshot, replies: dict[int, Reply], job: JobFanout | None, start: float
+) -> bytes:
     """Who of a node reads what, as its leader decides it; with the other leaders first, if there is a ``job``."""
+    group, sizes = meeting.group, snapshot.chunks.sizes
     offers: dict[int, _Offer] = {}
-    sizes = snapshot.chunks.sizes
-    line: Reply
+    said: dict[int, Wanted] = {}
+    line: Reply = b""
     try:
         offers = {rank: msgspec.msgpack.decode(data, type=_Offer) for rank, data in checked(replies).items()}
         said = {rank: offer.wanted for rank, offer in offers.items()}
-        problem = next((f"rank {rank}: {offer.problem}" for rank, offer in offers.items() if offer.problem), "")
-        addresses = {rank: offer.address for rank, offer in offers.items()}
-        line = node_line(said, addresses, problem, sizes) if job is not None else b""
+        if job is not None:
+            problems = (
+                f"rank {rank}: {offer.memory.problem or offer.problem}"
+                for rank, offer in offers.items()
+                if offer.memory.problem or offer.problem
+            )
+            addresses = {rank: offer.address for rank, offer in offers.items()}
+            line = node_line(said, addresses, next(problems, ""), sizes)
     except Exception as error:
         if job is None:
             raise
         line = error
     answer = FanoutAnswer()
     if job is not None:
-        # A little longer than for the ranks of this node, who wait for the answer longer still.
-        until = Deadline(start + seconds_max * LEADERS_SHARE, start + seconds_max * LEADERS_ANSWER_SHARE)
-        answer = job.agree(f"{name}/nodes", line, sizes, until)
+        # The ranks of the node wait for the answer longer still.
+        until = meeting.until(start, LEADERS_SHARE, LEADERS_ANSWER_SHARE)
+        answer = job.agree(f"{meeting.name}/nodes", line, sizes, until)
         if answer.problem and group.rank == 0:
             log.info("step %d: each node reads for itself, since not all can share: %s", snapshot.step, answer.problem)
-    portions = plan_node(said, group.nodes[group.rank], members, answer.fanout, sizes)
-    memories = {rank: (offer.process, offer.descriptor, offer.token) for rank, offer in offers.items()}
-    return _Answer(portions, memories if portions else {}, problem, answer)
+    portions = plan_node(said, group.nodes[group.rank], meeting.members, answer.fanout, sizes)
+    memories = {rank: offer.memory for rank, offer in offers.items()} if portions else {}
+    problem = next((f"rank {rank}: {one.problem}" for rank, one in memories.items() if one.problem), "")
+    return msgspec.msgpack.encode(_Answer(portions, memories, problem, answer))
 
 
 def _turns(
@@ -453,57 +413,11 @@ def _turns(
     return list(by_number.values()), turns
 
 
-def _listening(
-    group: Group, offer: _Offer, stack: contextlib.ExitStack, seconds_max: float
-) -> tuple[Server | None, _Offer]:
-    """Where other nodes may fetch from this rank."""
+def _listening(rank: int, stack: contextlib.ExitStack, seconds_max: float) -> tuple[Server | None, str]:
+    """Where other nodes fetch from this rank, until the stack is left; or why they cannot."""
     try:
-        server = Server(group.rank, seconds_max)
+        server = Server(rank, seconds_max)
     except OSError as error:
-        return None, msgspec.structs.replace(offer, problem=f"cannot listen for other nodes: {error}")
+        return None, f"cannot listen for other nodes: {error}"
     stack.callback(server.close)
-    return server, msgspec.structs.replace(offer, address=(group.host, server.port))
-
-
-def _own_memory(shape: _Shape, said: Wanted, stack: contextlib.ExitStack) -> tuple[_Memory | None, _Offer]:
-    """This rank's memory, of which nothing is used until something is written to it."""
-    try:
-        if not hasattr(os, "memfd_create"):  # not Linux
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
-        stack.callback(os.close, descriptor)
-        os.ftruncate(descriptor, shape.bytes)
-        memory = _Memory(descriptor, shape)
-    except OSError as error:
-        return None, _Offer(said, 0, 0, b"", str(error))
-    stack.callback(memory.close)
-    token = secrets.token_bytes(_TOKEN_BYTES)
-    memory.write_token(token)
-    return memory, _Offer(said, os.getpid(), descriptor, token, "")
-
-
-def _mapped(
-    answer: _Answer, rank: int, own: _Memory, shape: _Shape, stack: contextlib.ExitStack
-) -> tuple[str, dict[int, _Memory]]:
-    """The memory of every rank that shares something, by rank; or why not all of them can be mapped."""
-    memories = {rank: own}
-    for peer in sorted({one for portion in answer.portions for one in portion.ranks} - {rank}):
-        process, number, token = answer.memories[peer]
-        path = f"/proc/{process}/fd/{number}"
-        try:
-            # Looked at first: to open what someone else has under this number could do anything.
-            if not os.readlink(path).startswith(f"/memfd:{_NAME} "):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            # To be written to as well: torch takes no buffer that is not. Nothing writes.
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                memory = _Memory(descriptor, shape)
-            finally:
-                os.close(descriptor)
-            stack.callback(memory.close)
-            if memory.token != token:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        except (OSError, ValueError) as error:  # ValueError: it is smaller
-            return f"rank {rank} cannot map the memory of rank {peer}: {error}", {}
-        memories[peer] = memory
-    return "", memories
+    return server, ""

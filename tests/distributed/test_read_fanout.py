@@ -17,9 +17,9 @@ from test_shared_reading import CHUNK_BYTES, SAVED_BY, CountingStore, local, sav
 from torch.distributed.tensor import DTensor, Replicate
 
 import fastckpt
-from fastckpt import Checkpointer, Options, RestoreError, SnapshotDamaged, Topology
+from fastckpt import Checkpointer, Options, RestoreError, SnapshotDamaged, StorageError, Topology
 from fastckpt.job import group as job_groups
-from fastckpt.repository import chunk_reader, peers, relay
+from fastckpt.repository import chunk_reader, peers, slots
 
 pytestmark = pytest.mark.distributed
 
@@ -79,8 +79,8 @@ def reads_in_many_ways(urls: dict[str, str]) -> dict[str, tuple[float, float, fl
     mine = [key for number, key in enumerate(everywhere) if number % len(NODES) != rank()]
     note("some", urls["raw"], {key: everywhere[key] for key in mine})
     # One slot for each way, and runs of a chunk: every rank has to wait for the others again and again.
-    chunk_reader.READ_BYTES_MAX = relay.READ_BYTES_MAX = CHUNK_BYTES
-    relay.MEMORY_BYTES_MAX, relay.SLOTS_MIN = 0, 1
+    chunk_reader.READ_BYTES_MAX = slots.READ_BYTES_MAX = CHUNK_BYTES
+    slots.MEMORY_BYTES_MAX, slots.SLOTS_MIN = 0, 1
     note("through one slot", urls["raw"], everywhere)
     note("resharded through one slot", urls["raw"], sharded(2))
     return found
@@ -221,7 +221,7 @@ def cannot_connect(url: str) -> Ending:
 def test_nodes_that_may_not_connect_to_each_other_are_told_what_to_do(urls: dict[str, str]) -> None:
     for end in ranks.run(2, cannot_connect, urls["raw"]):
         assert isinstance(end.error, RestoreError)
-        assert "cannot fetch from rank 0" in str(end.error)
+        assert "cannot fetch from rank" in str(end.error)  # the other may then not reach this one, which is gone
         assert "Options(read_fanout='node')" in str(end.error)
         assert end.seconds < PATIENT / 2
 
@@ -258,7 +258,7 @@ def test_a_rank_that_is_lost_while_other_nodes_wait_for_it_is_named_in_time(
             job.resume(lost)
         outcomes = job.outcomes()
     if fate == signal.SIGSTOP:
-        assert isinstance(outcomes[lost].error, RestoreError)
+        assert isinstance(outcomes[lost].error, RestoreError | StorageError)  # a read may have been under way
     for number, end in enumerate(outcomes):
         if number != lost:
             assert isinstance(end, Ending)

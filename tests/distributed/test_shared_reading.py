@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import fastckpt
 from fastckpt import Checkpointer, Options, RestoreError, SnapshotDamaged
 from fastckpt.job import group as job_groups
-from fastckpt.repository import chunk_reader, relay
+from fastckpt.repository import chunk_reader, relay, slots
 from fastckpt.storage.local import LocalStore
 
 pytestmark = pytest.mark.distributed
@@ -132,8 +132,8 @@ def reads_in_many_ways(urls: dict[str, str]) -> dict[str, tuple[float, float, in
     mine = [key for number, key in enumerate(everywhere) if number % 3 != rank()]
     note("some", urls["raw"], {key: everywhere[key] for key in mine})
     # One slot, and runs of a chunk: every rank has to wait for the others again and again.
-    chunk_reader.READ_BYTES_MAX = relay.READ_BYTES_MAX = CHUNK_BYTES
-    relay.MEMORY_BYTES_MAX, relay.SLOTS_MIN = 0, 1
+    chunk_reader.READ_BYTES_MAX = slots.READ_BYTES_MAX = CHUNK_BYTES
+    slots.MEMORY_BYTES_MAX, slots.SLOTS_MIN = 0, 1
     note("through one slot", urls["raw"], everywhere)
     return found
 
@@ -236,7 +236,7 @@ def test_a_damaged_chunk_that_one_rank_reads_for_all_is_named_on_all_of_them_at_
 def waits_for_a_slow_node(url: str) -> Any:
     """Rank 0 meets damage that rank 1 hears of at once; rank 2, on another node, has long to read still."""
     job_groups._node = lambda: ["a", "a", "b"][rank()]
-    chunk_reader.READ_BYTES_MAX = relay.READ_BYTES_MAX = CHUNK_BYTES
+    chunk_reader.READ_BYTES_MAX = slots.READ_BYTES_MAX = CHUNK_BYTES
     with Checkpointer(url, options=Options(chunk_bytes=CHUNK_BYTES, commit_seconds_max=SLOW_DEADLINE)) as ckpt:
         for step in (1, 2):
             ckpt.save(step, {"one": torch.arange(100_000.0), "other": torch.arange(100_000.0) + 1}).wait()
