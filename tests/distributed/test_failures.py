@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -36,6 +37,7 @@ from fastckpt import (
     StateMismatch,
 )
 from fastckpt import checkpointer as front
+from fastckpt.job import group as job_groups
 from fastckpt.job.group import StoreKeyValue
 from fastckpt.repository import writer
 from fastckpt.storage.local import _LocalWriter
@@ -382,3 +384,35 @@ def key_value_without_server(port: int, server: int) -> None:
 def test_a_key_value_store_whose_server_died_keeps_nobody_waiting() -> None:
     with ranks.key_value_server() as (port, process):
         ranks.run(1, key_value_without_server, port, process)
+
+
+def one_has_another_plan(url: str, nodes: list[str]) -> None:
+    job_groups._node = lambda: nodes[rank()]
+    saved = {"t": torch.arange(5000.0), "own": sharded(1)}
+    with Checkpointer(url, options=SMALL) as ckpt:
+        ckpt.save(1, saved).wait()
+        agreements = ckpt._saves._agreements
+        agree = agreements.agree
+
+        def agree_otherwise(*arguments: Any) -> Any:
+            attempt = agree(*arguments)
+            return dataclasses.replace(attempt, agreed=dataclasses.replace(attempt.agreed, digest="f" * 64))
+
+        if rank() == 1:
+            agreements.agree = agree_otherwise  # type: ignore[method-assign]
+        with pytest.raises(SaveError, match="by different layouts"):
+            ckpt.save(2, saved).wait()
+        agreements.agree = agree  # type: ignore[method-assign]
+        if rank() == 1:  # as if it had missed that all planned anew
+            assert agreements._agreed is not None
+            agreements._agreed = dataclasses.replace(agreements._agreed, digest="f" * 64)
+        ckpt.save(3, saved).wait()
+        assert agreements._agreed is not None
+        assert agreements._agreed.digest != "f" * 64, "it goes by a plan of its own still"
+        assert steps(ckpt) == [1, 3]
+        ckpt.snapshots()[-1].check()
+
+
+@pytest.mark.parametrize("nodes", [["a", "a"], ["a", "b"]])
+def test_ranks_that_write_by_different_plans_commit_nothing_and_plan_anew(tmp_path: Path, nodes: list[str]) -> None:
+    ranks.run(2, one_has_another_plan, str(tmp_path), nodes)
