@@ -4,6 +4,7 @@ change all digests are made to fit again, up to the history: what is refused the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastckpt.format.codec import RAW
 from fastckpt.format.decision import decode_decision
 from fastckpt.format.tables import Chunks, Layout
 from fastckpt.options import Options
+from fastckpt.plan.value_kinds import find_differences, value_kinds
 from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.repository import Repository
 from fastckpt.storage.memory import MemoryStore
@@ -47,7 +49,8 @@ def written() -> dict[str, bytes]:
 
 
 class Author:
-    """A repository as trees of maps, lists and leaves. ``objects`` makes digests and sizes fit where they are None."""
+    """A repository as trees of maps, lists and leaves. ``objects`` makes digests and sizes fit where they are None, and
+    what the index says of values where it was not changed."""
 
     def __init__(self, valid: dict[str, bytes]) -> None:
         self.valid = valid
@@ -60,6 +63,7 @@ class Author:
         self.writer = names.attempt_writer(self.attempt)
         self.format: Any = tree_of(repository.format)
         self.index: Any = {**tree_of(snapshot.index), "layout": None, "layout_bytes": None, "environment": {}}
+        self._valid_kinds = dict(self.index["values"])
         self.layout: Any = tree_of(snapshot.layout)
         self.parts: list[Any] = [{**tree_of(snapshot.part(node)), "layout": None} for node in range(SIZE)]
         for info in self.index["parts"]:
@@ -212,6 +216,10 @@ class Author:
                 info = self.index["parts"][node]
                 self.index["parts"][node] = _filled(info, digest=document.digest(data), size=len(data))
         index = _filled(self.index, layout=digest, layout_bytes=len(layout))
+        values = index.get("values")
+        if isinstance(values, dict) and list(values.items()) == list(self._valid_kinds.items()):
+            with contextlib.suppress(LookupError, TypeError, AttributeError):  # tables that are none are refused anyway
+                index["values"] = self._kinds()
         data = put("index", names.index(self.attempt), msgspec.json.encode(index), seal)
         above = put("FORMAT", names.FORMAT, msgspec.json.encode(self.format), seal)
         for number, decision in enumerate(self.decisions, 1):
@@ -227,6 +235,12 @@ class Author:
             if replaced is not None:
                 found[name] = replaced
         return found
+
+    def _kinds(self) -> dict[str, str]:
+        """What an index rightly says of the values in the tables as they are now."""
+        tables = [rank_table["values"] for part in self.parts for rank_table in part["tables"]]
+        first = sorted(tables[0].items())
+        return {**value_kinds([name for name, _ in first], [find_differences(first, tables)])}
 
     def write(self, directory: Path) -> None:
         for name, data in self.objects().items():

@@ -695,15 +695,22 @@ each(
         "no rolls in a list": set_to("index", "rolls", to=[]),
     },
 )
-each(  # a rank of a job of another size goes by what it says: see test_kinds_of_values.py
+each(
     "an index that says wrongly of values",
-    "",
+    "/index says",
     {
         "that they are equal": set_to("index", "values", "rng", to="same"),
-        "that they are not": set_to("index", "values", "progress", to="own"),
-        "that some ranks lack them": set_to("index", "values", "progress", to="some"),
-        "that there are others": set_to("index", "values", to={"more": "some", "progress": "same", "rng": "own"}),
         "that there are none": set_to("index", "values", to={}),
+        "that all ranks have others": set_to("index", "values", to={"more": "own", "progress": "same", "rng": "own"}),
+    },
+)
+each(  # less than it could: nothing wrong comes of it
+    "an index that wrongly says of values",
+    "",
+    {
+        "that they are not equal": set_to("index", "values", "progress", to="own"),
+        "that some ranks lack them": set_to("index", "values", "progress", to="some"),
+        "that some have others": set_to("index", "values", to={"more": "some", "progress": "same", "rng": "own"}),
     },
 )
 each(
