@@ -19,7 +19,7 @@ from fastckpt.format import document, pack, value
 from fastckpt.format.chunk import chunk_hash
 from fastckpt.format.decision import Abort, Commit, Format, Live, Open, decode_decision, decode_format
 from fastckpt.format.families import Family, Mesh
-from fastckpt.format.roll import decode_roll, make_rolls
+from fastckpt.format.roll import Roll, decode_roll, make_rolls
 from fastckpt.format.tables import (
     Chunks,
     Index,
@@ -221,8 +221,10 @@ def read_index(data: bytes) -> Index:
     return decode_index(data, document.digest(data), ATTEMPT)
 
 
-def read_roll(data: bytes) -> list[PartInfo]:
-    return decode_roll(data, RollInfo(document.digest(data), len(data)), ATTEMPT, 1, 300)
+def read_roll(data: bytes) -> Roll:
+    parts = decode_roll(data, RollInfo(document.digest(data), len(data)), ATTEMPT, 1, 300)
+    assert [info.node for info in parts] == list(range(256, 300))
+    return document.unpack_table(data, Roll, "x")
 
 
 def read_decision(data: bytes) -> object:
