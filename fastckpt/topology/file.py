@@ -334,17 +334,25 @@ class _Reader:
             for run in self._numbers(value, (*path, key)):
                 runs.append((run.start, at, run.stop))
                 total += len(run)
-            self._checked_count(max(total, 1), path)
-        highest, holder = -1, 0  # the number after the last of those before, and where that stands
+            self._checked_count(total, path)
+        level = self.levels[position]
+        end, holder, missing = 0, 0, -1  # the number after the last so far, where that stands, and the first left out
         for start, at, stop in sorted(runs):
-            if start < highest:
+            if start < end:
                 again, first = max(at, holder), min(at, holder)
                 raise self._document.error(
-                    (*path, values[again][0]),
-                    f"{self.levels[position]} {start} is listed twice: {values[first][0]} has it already",
+                    (*path, values[again][0]), f"{level} {start} is listed twice: {values[first][0]} has it already"
                 )
-            highest, holder = stop, at
-        return self._checked_count(total, path)
+            if start > end and missing < 0:
+                missing = end
+            end, holder = stop, at
+        if position == 0 and missing >= 0:  # of other levels, a field may say how many there are
+            raise self._document.error(
+                (*path, values[holder][0]),
+                f"{level} {end - 1} is unknown, since {level} {missing} is missing: {total} {level}s are listed, so "
+                f"they must be 0 to {total - 1}",
+            )
+        return total
 
     def _agreed(self, position: int, count: int, claims: Sequence[_Claim]) -> Sequence[str]:
         """The names of a level's edges, in the order of the first field that says them, if all fields agree."""
@@ -417,32 +425,16 @@ class _Reader:
         lower = self.levels[position - 1]
         number = {name: edge for edge, name in enumerate(names)}
         find = self._finder(below, lower)
-        if position == 1:
-            self._check_ranks_listed(held, path, len(below))
         for key, value in held.items():
-            for edges in find(value, (*path, key)):
-                parents[edges] = number[key]
-            if not (parents == number[key]).any():
+            found = find(value, (*path, key))
+            if not found:
                 raise self._document.error((*path, key), f"holds no {lower}")
+            for edges in found:
+                parents[edges] = number[key]
         assert (parents >= 0).all()  # as many are listed as there are, and none twice
         if position == 1:
             self.says_which_ranks = True
         return parents
-
-    def _check_ranks_listed(self, held: Mapping[str, Any], path: Path, count: int) -> None:
-        """``count`` ranks are listed in all, each once; so if one lies beyond, another is missing."""
-        runs = [(run, key) for key, value in held.items() for run in self._numbers(value, (*path, key))]
-        beyond = max(runs, key=lambda each: each[0].stop)
-        if beyond[0].stop > count:
-            listed = np.zeros(count, bool)
-            for run, _ in runs:
-                listed[run.start : run.stop] = True
-            missing = int(np.argmin(listed))
-            raise self._document.error(
-                (*path, beyond[1]),
-                f"rank {beyond[0][-1]} is unknown, since rank {missing} is missing: {count} ranks are listed, so they "
-                f"must be 0 to {count - 1}",
-            )
 
     def _finder(self, names: Sequence[str], level: str) -> Callable[[Any, Path], list[npt.NDArray[np.intp]]]:
         """What finds the edges of a level that a list in the file means."""
