@@ -91,7 +91,7 @@ class Given:
         if self._offer is None:
             try:
                 self.known = self._find()
-                self._offer = _offer(self.known, host)
+                self._offer = offer(self.known, host)
             except TopologyError as error:
                 self._offer = Offer("", problem=_told(str(error)))
             except Exception as error:  # an object of ours that holds what it must not
@@ -129,8 +129,8 @@ class Given:
         raise TopologyError(f"{what} is not a fastckpt.Topology, a fastckpt.RankPath or None{hint}")
 
 
-def _offer(known: Topology | RankPath | None, host: str) -> Offer:
-    """Raises ``TopologyError`` for what cannot be offered."""
+def offer(known: Topology | RankPath | None, host: str) -> Offer:
+    """What a rank on ``host`` offers that knows this. Raises ``TopologyError`` for what cannot be offered."""
     try:
         check_name(host)
     except ValueError as error:
