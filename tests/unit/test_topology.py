@@ -681,6 +681,7 @@ def raising(error: BaseException) -> TopologySource:
     ("given", "problem"),
     [
         ("cluster.toml", r"topology='cluster.toml' is not a fastckpt.Topology, .*; Topology.load reads a file"),
+        ("x" * 10**6, "topology='x{56}[.][.][.] is not a"),
         (3, "topology=3 is not a fastckpt.Topology, a fastckpt.RankPath or None"),
         (object(), "topology=an object is not"),
         (lambda: ["a", "b"], r"the function given as topology returned \['a', 'b'\], which is not"),
