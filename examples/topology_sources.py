@@ -2,8 +2,8 @@
 
     python examples/topology_sources.py
 
-Here the paths of all ranks make a topology. In a job, each rank gives only its own: Checkpointer(url,
-topology=fastckpt.RankPath.of(*path)).
+Here the paths of all ranks make a topology. In a job, each rank gives a function that finds its own, and if that fails
+on one rank, all hear what is wrong there: Checkpointer(url, topology=lambda: fastckpt.RankPath.of(*of_ray(node))).
 """
 
 import json
@@ -30,7 +30,7 @@ RAY_NODES = [
 
 def of_kubernetes(host: str, nodes: dict) -> tuple[str, ...]:
     """``nodes`` as of `kubectl get nodes -o json`. Which label is a rack's is the cluster's own choice."""
-    labels = next(node["metadata"]["labels"] for node in nodes["items"] if node["metadata"]["name"] == host)
+    labels = {node["metadata"]["name"]: node["metadata"]["labels"] for node in nodes["items"]}[host]
     return host, labels["example.com/rack"], labels["topology.kubernetes.io/zone"]
 
 

@@ -39,8 +39,6 @@ from fastckpt.repository import pull, repository
 from fastckpt.repository.writer import Committer
 from fastckpt.storage.store import Store
 from fastckpt.topology import offer as topology_offer
-from fastckpt.topology.offer import RankPath
-from fastckpt.topology.topology import Topology
 from fastckpt.trace import Trace
 
 
@@ -148,11 +146,10 @@ class Agreements:
         store: Store,
         assembly: Assembly,
         options: Options,
-        topology: Topology | RankPath | None,
+        topology: topology_offer.Given,
         streams_max: int,
     ) -> None:
-        """``topology``: what this rank was given of it, or knows of its own way to the storage. ``streams_max``: as of
-        ``Agreed``."""
+        """``streams_max``: as of ``Agreed``."""
         self._store = store
         self._assembly = assembly
         self._rank = assembly.group.rank
@@ -229,16 +226,19 @@ class Agreements:
         return self._agreed
 
     def _agree_on_topology(self, offered: Offered | BaseException) -> None:
-        """Once a job. ``TopologyError`` on every rank, naming those that disagree."""
+        """Once a job. ``TopologyError`` on every rank, naming those that disagree or have none to give."""
         if self._has_topology:
             return
-        own = msgspec.msgpack.encode(topology_offer.offer(self._topology, socket.gethostname()))
-        self._ask("topology", offered, lambda _: own, self._on_topology)
+        with self._topology.agreeing():
+            self._ask("topology", offered, self._own_topology, self._on_topology)
         self._has_topology = True
+
+    def _own_topology(self, _: Offered) -> bytes:
+        return msgspec.msgpack.encode(self._topology.offer(socket.gethostname()))
 
     def _on_topology(self, replies: dict[int, bytes]) -> bytes:
         offers = each(replies, msgspec.msgpack.Decoder(topology_offer.Offer).decode)
-        topology = topology_offer.agree([offers[rank] for rank in sorted(offers)], self._topology, self._nodes)
+        topology = topology_offer.agree([offers[rank] for rank in sorted(offers)], self._topology.known, self._nodes)
         self.dealer = Dealer(topology.tree(), writers=self._options.writers, streams=self._streams_max)
         return b""
 

@@ -45,8 +45,7 @@ from fastckpt.restore import Restores
 from fastckpt.save import Labels, Saves
 from fastckpt.storage.deadline import DeadlineStore
 from fastckpt.storage.open import open_store
-from fastckpt.topology.offer import RankPath
-from fastckpt.topology.topology import Topology
+from fastckpt.topology.offer import Given, TopologySource
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
@@ -78,30 +77,32 @@ class Checkpointer:
         url: str | os.PathLike[str],
         *,
         options: Options | None = None,
-        topology: Topology | RankPath | None = None,
+        topology: TopologySource = None,
         create: bool = True,
     ) -> None:
         """``url``: a path, ``file:///...`` or ``memory://name``. The repository is made by the first save.
 
         ``topology``: by which nodes, supernodes and gateways ranks reach the storage, and what those carry: every rank
-        gives the same ``Topology``, or its own ``RankPath``. The first save, or ``prepare``, raises ``TopologyError``
-        on every rank if they do not agree. Without one, all ranks count as equally fast.
+        gives the same ``Topology``, or its own ``RankPath``, or a function that returns it, or None. The function is
+        called once, without arguments, in the first ``save`` or ``prepare``, or the first ``restore`` that reads once
+        in the job, on the thread that calls those. ``TopologyError`` there, on every rank at once, naming the ranks:
+        if they do not agree, if the function raises, or if what one has is of another type. Without a topology, all
+        ranks count as equally fast.
 
         ``RepositoryNotFound`` if there is something else at ``url``, or nothing and ``create`` is False;
         ``RuntimeError`` if this is one of several ranks but ``torch.distributed`` has no process group.
         """
         self._options = options or Options()
-        if topology is not None and not isinstance(topology, Topology | RankPath):
-            raise TypeError(f"topology={topology!r} is not a fastckpt.Topology or fastckpt.RankPath")
         number = next_group_number()  # before anything can fail on one rank only
         seconds_max = self._options.commit_seconds_max
         self._store = DeadlineStore.opened(url, seconds_max * STORAGE_SECONDS_SHARE, open_store)
         if not repository.exists(self._store) and not create:
             repository.Repository(self._store)  # raises, saying what is there
         self._group = job_group(seconds_max, number)
-        self._saves = Saves(self._store, self._group, self._options, topology)
+        given = Given(topology)
+        self._saves = Saves(self._store, self._group, self._options, given)
         fanout = self._options.read_fanout
-        self._restores = Restores(self._store, self._group, seconds_max, read_fanout=fanout, topology=topology)
+        self._restores = Restores(self._store, self._group, seconds_max, read_fanout=fanout, topology=given)
         self._pending: Pending | None = None
         self._describer = Describer(self._options.copy)
         self._staging: Staging | None = None

@@ -45,6 +45,14 @@ class Options:
     """Put host names into the environment record of each snapshot."""
 
     def __post_init__(self) -> None:
+        for name in ("chunk_bytes", "staging_bytes_max", "writers", "streams"):
+            number: object = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise ValueError(f"Options.{name}={number!r} is not a whole number")
+        for name in ("fence_seconds_max", "commit_seconds_max"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"Options.{name}={number!r} is not a number of seconds")
         size = self.chunk_bytes
         if size is not None and not (CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX and size.bit_count() == 1):
             raise ValueError(f"Options.chunk_bytes={size} is not a power of two from 4 KiB to 64 MiB")
@@ -58,9 +66,11 @@ class Options:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Options.{name}={getattr(self, name)} is not positive")
         for name in ("staging_bytes_max", "writers", "streams"):
-            number = getattr(self, name)
-            if number is not None and number <= 0:
-                raise ValueError(f"Options.{name}={number} is not positive")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"Options.{name}={value} is not positive")
+        if not isinstance(self.record_hosts, bool):  # "no" would be taken for yes
+            raise ValueError(f"Options.record_hosts={self.record_hosts!r} is not True or False")
         globs: object = self.copy  # a bare string is the likely mistake, and is itself made of strings
         if not isinstance(globs, tuple | list) or not all(isinstance(glob, str) for glob in globs):
             raise ValueError(f"Options.copy={self.copy!r} is not a tuple of globs")

@@ -28,8 +28,8 @@ from fastckpt.repository.fanout import JobFanout
 from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.relay import relayed
 from fastckpt.storage.store import Store
-from fastckpt.topology.offer import Offer, RankPath, agree, offer
-from fastckpt.topology.topology import Topology, Tree
+from fastckpt.topology.offer import Given, Offer, agree
+from fastckpt.topology.topology import Tree
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
@@ -51,16 +51,15 @@ class Restores:
         seconds_max: float,
         *,
         read_fanout: Literal["node", "job"] = "node",
-        topology: Topology | RankPath | None = None,
+        topology: Given | None = None,
     ) -> None:
-        """``seconds_max`` and ``read_fanout`` as in ``Options``; ``topology``: what this rank was given of it, or knows
-        of its own way to the storage."""
+        """``seconds_max`` and ``read_fanout`` as in ``Options``."""
         self._store = store
         self._assembly = Assembly(group)
         self._group = group
         self._seconds_max = seconds_max
         self._read_fanout = read_fanout
-        self._topology = topology
+        self._topology = topology or Given(None)
         self._job: JobFanout | None = None
         self._count = 0
 
@@ -115,7 +114,7 @@ class Restores:
 
     def _agree_on_topology(self) -> None:
         """Where each byte is to be read once in the job: once, for all restores to come. ``TopologyError`` on every
-        rank, naming those that disagree."""
+        rank, naming those that disagree or have none to give."""
         if self._read_fanout == "node" or self._job is not None or len(self._assembly.leaders) == 1:
             return
         tree: Tree | None = None
@@ -123,12 +122,12 @@ class Restores:
         def decide(replies: Mapping[int, bytes]) -> bytes:
             nonlocal tree
             offers = [msgspec.msgpack.decode(replies[rank], type=Offer) for rank in sorted(replies)]
-            tree = agree(offers, self._topology, self._group.nodes).tree()
+            tree = agree(offers, self._topology.known, self._group.nodes).tree()
             return b""
 
-        self._ask(
-            "topology", msgspec.msgpack.encode(offer(self._topology, socket.gethostname())), decide, self._seconds_max
-        )
+        own = msgspec.msgpack.encode(self._topology.offer(socket.gethostname()))
+        with self._topology.agreeing():
+            self._ask("topology", own, decide, self._seconds_max)
         self._job = JobFanout(self._assembly, tree)
 
     def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:

@@ -43,8 +43,7 @@ from fastckpt.repository.pull import Pull
 from fastckpt.repository.writer import ChunkWriter, Contents, outcome, write_part
 from fastckpt.storage.deadline import Callers, NoAnswer
 from fastckpt.storage.store import Store
-from fastckpt.topology.offer import RankPath
-from fastckpt.topology.topology import Topology
+from fastckpt.topology.offer import Given
 from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
@@ -92,16 +91,15 @@ class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
 class Saves:
     """The saves of one rank to one repository. Calls come one after another, from any thread."""
 
-    def __init__(
-        self, store: Store, group: Group, options: Options, topology: Topology | RankPath | None = None
-    ) -> None:
-        """``topology``: what this rank was given of it, or knows of its own way to the storage."""
+    def __init__(self, store: Store, group: Group, options: Options, topology: Given | None = None) -> None:
         self._store = store
         self._assembly = Assembly(group)
         self._rank = group.rank
         self._nodes = group.nodes
         self._options = options
-        self._agreements = Agreements(store, self._assembly, options, topology, options.streams or STREAMS)
+        self._agreements = Agreements(
+            store, self._assembly, options, topology or Given(None), options.streams or STREAMS
+        )
         self._callers = Callers("fastckpt-outcome")
         self._writer: ChunkWriter | None = None
         self._rate = 0

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 from fastckpt.topology.nearest import nearest
+from fastckpt.topology.shown import shown
 
 BYTES_PER_SECOND_MAX: Final = 1e18
 
@@ -30,7 +31,7 @@ def read_capacity(value: Any) -> float:
     if isinstance(value, str):
         return math.inf if value == UNLIMITED else _checked(_of_text(value), value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{_shown(value)} is not a capacity: write bytes per second, or a text like '25 GB/s'")
+        raise ValueError(f"{shown(value)} is not a capacity: write bytes per second, or a text like '25 GB/s'")
     if value == math.inf:
         return math.inf
     return _checked(value, value)
@@ -50,26 +51,18 @@ def write_capacity(capacity: float) -> str | int | float:
 def _of_text(text: str) -> Decimal:
     match = _TEXT.fullmatch(text)
     if not match:
-        raise ValueError(f"{_shown(text)} is not a capacity: write a number and a unit, like '25 GB/s'")
+        raise ValueError(f"{shown(text)} is not a capacity: write a number and a unit, like '25 GB/s'")
     number, unit = match.groups()
     if unit not in UNITS:
         alike = [f"{known!r}" for known in UNITS if known.lower() == unit.lower()]
         meant = f"did you mean {' or '.join(alike)}?" if alike else nearest(unit, UNITS)
-        raise ValueError(f"the unit {_shown(unit)} is unknown: {meant} (B are bytes, b are bits)")
+        raise ValueError(f"the unit {shown(unit)} is unknown: {meant} (B are bytes, b are bits)")
     return Decimal(number) * UNITS[unit]
 
 
 def _checked(capacity: int | float | Decimal, value: Any) -> float:
     if not 1 <= capacity <= BYTES_PER_SECOND_MAX:  # false for nan as well
         raise ValueError(
-            f"{_shown(value)} is not a capacity: from 1 byte/s to 10^18 are (leave it out where no limit is known)"
+            f"{shown(value)} is not a capacity: from 1 byte/s to 10^18 are (leave it out where no limit is known)"
         )
     return float(capacity)
-
-
-def _shown(value: Any) -> str:
-    """A value of a file, in a few characters."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**20:  # printing it may not be allowed
-        return "a number beyond 10^20"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

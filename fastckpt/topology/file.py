@@ -41,12 +41,21 @@ from fastckpt.topology.host_list import check_name, expand, expand_counts, expan
 from fastckpt.topology.lines import Path, key_twice, line_of
 from fastckpt.topology.nearest import nearest
 from fastckpt.topology.plane import RANKS_MAX, Numbers, Plane, are_numbers
+from fastckpt.topology.shown import shown
 
 STANDARD_LEVELS: Final[tuple[str, ...]] = ("rank", "node", "supernode", "gateway", "storage")
 PLANES: Final = ("storage", "compute")
 LEVELS_MAX: Final = 16
 
+_TOML_TWICE: Final = re.compile(r"(?:Cannot|Duplicate) .*\(at (?:line ([0-9]+), column [0-9]+|end of document)\)")
+"""What the parser says of keys and tables that are there already, which it does not always name."""
 _LEVEL: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+
+
+def check_level(level: str) -> None:
+    """Raises ``ValueError`` for what no level can be called."""
+    if not _LEVEL.fullmatch(level) or level in ("levels", "planes"):
+        raise ValueError(f"{shown(level)} cannot be a level's name; use a word like 'rack'")
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,10 @@ def parse_text(text: str, *, toml: bool, source: str) -> Document:
         path, line = key_twice(text)
         raise TopologyError(f"{source}:{line}: {_dotted(path)}: is a second time in the same table") from None
     except ValueError as error:  # both parsers say line and column
+        if toml and (at := _TOML_TWICE.fullmatch(str(error))):
+            path, line = key_twice("\n".join(text.split("\n")[: int(at[1]) if at[1] else None]))
+            if path:
+                raise TopologyError(f"{source}:{line}: {_dotted(path)}: is a second time in the same table") from None
         raise TopologyError(f"{source}: is not {'TOML' if toml else 'JSON'}: {error}") from None
     return Document(root, source, text)
 
@@ -190,10 +203,10 @@ class _Reader:
         for position, level in enumerate(listed):
             if listed.index(level) < position:
                 raise document.error((*path, position), f"{level!r} is listed twice")
-            if not _LEVEL.fullmatch(level) or level in ("levels", "planes"):
-                raise document.error(
-                    (*path, position), f"{level[:80]!r} cannot be a level's name; use a word like 'rack'"
-                )
+            try:
+                check_level(level)
+            except ValueError as error:
+                raise document.error((*path, position), str(error)) from None
         if listed[:2] != ["rank", "node"] or len(listed) < 3:
             raise document.error(
                 path, "must begin with rank and node, and end with the storage, or what takes its place"
@@ -306,14 +319,40 @@ class _Reader:
                     (*path, key),
                     f"is a number, where others say which {self.levels[position]}s they are; do the same for all",
                 )
+        if numbered:
+            return self._count_listed(position, values, path)
         names: list[str] = []
-        total = 0
         for key, value in values:
-            if numbered:
-                total = self._checked_count(total + sum(map(len, self._numbers(value, (*path, key)))), path)
-            else:
-                names += self._host_list(value, (*path, key), RANKS_MAX - len(names))
-        return total if numbered else names
+            names += self._host_list(value, (*path, key), RANKS_MAX - len(names))
+        return names
+
+    def _count_listed(self, position: int, values: Sequence[tuple[Any, Any]], path: Path) -> int:
+        """How many edges are listed by their numbers, each once."""
+        runs: list[tuple[int, int, int]] = []  # its first number, where it stands, and the number after its last
+        total = 0
+        for at, (key, value) in enumerate(values):
+            for run in self._numbers(value, (*path, key)):
+                runs.append((run.start, at, run.stop))
+                total += len(run)
+            self._checked_count(total, path)
+        level = self.levels[position]
+        end, holder, missing = 0, 0, -1  # the number after the last so far, where that stands, and the first left out
+        for start, at, stop in sorted(runs):
+            if start < end:
+                again, first = max(at, holder), min(at, holder)
+                raise self._document.error(
+                    (*path, values[again][0]), f"{level} {start} is listed twice: {values[first][0]} has it already"
+                )
+            if start > end and missing < 0:
+                missing = end
+            end, holder = stop, at
+        if position == 0 and missing >= 0:  # of other levels, a field may say how many there are
+            raise self._document.error(
+                (*path, values[holder][0]),
+                f"{level} {end - 1} is unknown, since {level} {missing} is missing: {total} {level}s are listed, so "
+                f"they must be 0 to {total - 1}",
+            )
+        return total
 
     def _agreed(self, position: int, count: int, claims: Sequence[_Claim]) -> Sequence[str]:
         """The names of a level's edges, in the order of the first field that says them, if all fields agree."""
@@ -386,41 +425,16 @@ class _Reader:
         lower = self.levels[position - 1]
         number = {name: edge for edge, name in enumerate(names)}
         find = self._finder(below, lower)
-        if position == 1:
-            self._check_ranks_listed(held, path, len(below))
         for key, value in held.items():
-            for edges in find(value, (*path, key)):
-                taken = edges[parents[edges] >= 0]
-                if len(taken):
-                    edge = int(taken[0])
-                    raise self._document.error(
-                        (*path, key), f"{lower} {below[edge]} is named twice: {names[parents[edge]]} has it already"
-                    )
-                parents[edges] = number[key]
-            if not (parents == number[key]).any():
+            found = find(value, (*path, key))
+            if not found:
                 raise self._document.error((*path, key), f"holds no {lower}")
+            for edges in found:
+                parents[edges] = number[key]
         assert (parents >= 0).all()  # as many are listed as there are, and none twice
         if position == 1:
             self.says_which_ranks = True
         return parents
-
-    def _check_ranks_listed(self, held: Mapping[str, Any], path: Path, count: int) -> None:
-        """``count`` ranks are listed in all; so if none is listed twice and one lies beyond, another is missing."""
-        runs = [(run, key) for key, value in held.items() for run in self._numbers(value, (*path, key))]
-        beyond = max(runs, key=lambda each: each[0].stop)
-        listed = np.zeros(count, bool)
-        for run, key in runs:
-            twice = np.flatnonzero(listed[run.start : run.stop])
-            if len(twice):
-                raise self._document.error((*path, key), f"rank {run.start + int(twice[0])} is listed a second time")
-            listed[run.start : run.stop] = True
-        if beyond[0].stop > count:
-            missing = int(np.argmin(listed))
-            raise self._document.error(
-                (*path, beyond[1]),
-                f"rank {beyond[0][-1]} is unknown, since rank {missing} is missing: {count} ranks are listed, so they "
-                f"must be 0 to {count - 1}",
-            )
 
     def _finder(self, names: Sequence[str], level: str) -> Callable[[Any, Path], list[npt.NDArray[np.intp]]]:
         """What finds the edges of a level that a list in the file means."""

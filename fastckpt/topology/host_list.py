@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from fastckpt.topology.shown import shown
+
 NAME_CHARACTERS_MAX: Final = 255
 _PIECE: Final = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)|(,)|(.)", re.DOTALL)
 _RANGE: Final = re.compile(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?")
@@ -30,7 +32,7 @@ def expand(text: str, count_max: int) -> list[str]:
     hosts: list[list[str | list[tuple[str, int]]]] = [[]]
     for bracket, word, comma, wrong in _PIECE.findall(text):
         if wrong:
-            raise ValueError(f"{wrong!r} in {_shown(text)} has no counterpart")
+            raise ValueError(f"{wrong!r} in {shown(text)} has no counterpart")
         if comma:
             hosts.append([])
         else:
@@ -39,7 +41,7 @@ def expand(text: str, count_max: int) -> list[str]:
         math.prod(sum(count for _, count in part) for part in host if not isinstance(part, str)) for host in hosts
     ]
     if sum(counts) > count_max:
-        raise ValueError(f"{_shown(text)} is {sum(counts)} names; at most {count_max} are possible here")
+        raise ValueError(f"{shown(text)} is {sum(counts)} names; at most {count_max} are possible here")
     names: list[str] = []
     for host in hosts:
         parts = [[part] if isinstance(part, str) else _numbers(part) for part in host]
@@ -57,7 +59,7 @@ def expand_numbers(text: str, count_max: int) -> list[range]:
         inner = inner[1:-1]
     runs = [range(int(first), int(first) + count) for first, count in _ranges(inner, text)]
     if sum(map(len, runs)) > count_max:
-        raise ValueError(f"{_shown(text)} is {sum(map(len, runs))} numbers; at most {count_max} are possible here")
+        raise ValueError(f"{shown(text)} is {sum(map(len, runs))} numbers; at most {count_max} are possible here")
     return runs
 
 
@@ -70,10 +72,10 @@ def expand_counts(text: str, count_max: int) -> list[int]:
     for piece in text.split(","):
         match = _REPEATED.fullmatch(piece)
         if not match:
-            raise ValueError(f"{_shown(piece)} in {_shown(text)} is neither a number nor a repeated one like 8(x15)")
+            raise ValueError(f"{shown(piece)} in {shown(text)} is neither a number nor a repeated one like 8(x15)")
         times = int(match[2] or 1)
         if len(counts) + times > count_max:
-            raise ValueError(f"{_shown(text)} is more than the {count_max} numbers that are possible here")
+            raise ValueError(f"{shown(text)} is more than the {count_max} numbers that are possible here")
         counts += [int(match[1])] * times
     return counts
 
@@ -120,10 +122,10 @@ def check_name(name: str) -> None:
     if not name:
         raise ValueError("a name is empty")
     if len(name) > NAME_CHARACTERS_MAX:
-        raise ValueError(f"the name {_shown(name)} is longer than {NAME_CHARACTERS_MAX} characters")
+        raise ValueError(f"the name {shown(name)} is longer than {NAME_CHARACTERS_MAX} characters")
     wrong = next((character for character in name if character in "[]," or not character.isprintable()), None)
     if wrong or name != name.strip():
-        raise ValueError(f"the name {_shown(name)} contains {wrong or ' '!r}")
+        raise ValueError(f"the name {shown(name)} contains {wrong or ' '!r}")
 
 
 def _ranges(bracket: str, text: str) -> list[tuple[str, int]]:
@@ -132,10 +134,10 @@ def _ranges(bracket: str, text: str) -> list[tuple[str, int]]:
     for piece in bracket.split(","):
         match = _RANGE.fullmatch(piece)
         if not match:
-            raise ValueError(f"{_shown(piece)} in {_shown(text)} is neither a number nor a range like 01-16")
+            raise ValueError(f"{shown(piece)} in {shown(text)} is neither a number nor a range like 01-16")
         first, last = match[1], match[2] or match[1]
         if int(last) < int(first):
-            raise ValueError(f"{_shown(piece)} in {_shown(text)} runs backwards")
+            raise ValueError(f"{shown(piece)} in {shown(text)} runs backwards")
         ranges.append((first, int(last) - int(first) + 1))
     return ranges
 
@@ -151,7 +153,3 @@ def _folded(prefix: str, suffix: str, ranges: list[tuple[str, str]]) -> str:
         return prefix + ranges[0][0] + suffix
     written = ",".join(first if first == last else f"{first}-{last}" for first, last in ranges)
     return f"{prefix}[{written}]{suffix}"
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -28,7 +28,11 @@ def line_of(text: str, path: Sequence[str | int]) -> int:
 
 
 def key_twice(text: str) -> tuple[Path, int]:
-    """The first key that is a second time in the same table of a JSON text, and on which line it is again."""
+    """The first key or header that is a second time in the same table, and on which line it is again; an empty path if
+    none is.
+
+    ``text`` is a JSON document that a parser has accepted, or the lines of a TOML one as far as a parser came.
+    """
     again: list[tuple[Path, int]] = []
     _lines(text, again)
     return again[0] if again else ((), 1)
@@ -43,6 +47,7 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
     key: list[str] = []  # its words so far
     brackets = 0  # of the header that is being read: [[ is one more table of an array
     last: dict[Path, int] = {}  # the index of an array's last table
+    defined: set[Path] = set()  # what has a value or a header
     value: Path | None = None  # where the value belongs that comes next
     line = 1
     for match in _TOKEN.finditer(text):
@@ -63,6 +68,7 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
             value = (inside[-1][0] if inside else table) + tuple(key)
             if again is not None and value in lines:
                 again.append((value, line))
+            defined.add(value)
             for end in range(1, len(value) + 1):
                 lines.setdefault(value[:end], line)
             key = []
@@ -81,10 +87,13 @@ def _lines(text: str, again: list[tuple[Path, int]] | None = None) -> dict[Path,
                     array = (*_table(key[:-1], last), key[-1])
                     last[array] = last.get(array, -1) + 1
                 table = _table(key, last)
+                if again is not None and table in defined:
+                    again.append((table, line))
+                defined.add(table)
                 for end in range(1, len(table) + 1):
                     lines.setdefault(table[:end], line)
             key = []
-        elif mark in "]}":
+        elif mark in "]}" and inside:
             where = inside.pop()[0]
             key = []
             value = where if inside else None

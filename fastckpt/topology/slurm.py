@@ -9,11 +9,18 @@ from typing import Final
 
 from fastckpt.errors import TopologyError
 from fastckpt.topology.host_list import check_name, expand
+from fastckpt.topology.nearest import nearest
+from fastckpt.topology.shown import shown
 
 ADDRESS: Final = "SLURM_TOPOLOGY_ADDR"
 PATTERN: Final = "SLURM_TOPOLOGY_ADDR_PATTERN"
 
-_PAIR: Final = re.compile(r"(\w+)\s*=\s*(\S+)")
+# A value is quoted, or has no spaces. Slurm itself writes empty ones.
+_PAIR: Final = re.compile(r'\s*([\w.]+)\s*=\s*(?:"([^"]*)"|([^\s="]*))(?=\s|$)')
+_KEYS: Final = ("switchname", "switches", "nodes", "linkspeed", "level", "blockname", "blockindex", "blocksize")
+_NONE: Final = "(null)"
+"""What Slurm's commands print for what is not set."""
+_SIDE_BY_SIDE: Final = str.maketrans("[],", "()+")
 
 
 def levels_of(height: int) -> tuple[str, ...]:
@@ -24,7 +31,8 @@ def levels_of(height: int) -> tuple[str, ...]:
 def path_of_address(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The node's name and those of the switches above it, upwards, from the environment of a task.
 
-    Where a level has no switch above a node, the next higher one stands for it.
+    Where a level has no switch above a node, the next higher one stands for it. Where it has several, which Slurm
+    writes as a host list, they are one edge named after all of them, ``s(0-3)`` for ``s[0-3]``.
     """
     for name in (ADDRESS, PATTERN):
         if not environment.get(name):
@@ -42,7 +50,9 @@ def path_of_address(environment: Mapping[str, str]) -> tuple[str, ...]:
     above: list[str] = []
     for kind, name in zip(kinds[:-1], names[:-1], strict=True):
         if kind in ("switch", "block"):  # a torus has coordinates instead, in which there is no path
-            above.append(name or (above[-1] if above else "top"))
+            # Each of several switches leads to the node, and nothing says how its traffic is spread over them: only
+            # what they carry together can be known. Brackets would be four names to whoever reads the topology's file.
+            above.append(name.translate(_SIDE_BY_SIDE) or (above[-1] if above else "top"))
     return (names[-1], *reversed(above))
 
 
@@ -58,7 +68,8 @@ def paths_of_conf(text: str, source: str, count_max: int) -> list[tuple[str, ...
     """By node, its name and those of the switches above it, upwards, all equally long.
 
     ``text`` is a topology.conf of switches or blocks, or what ``scontrol show topology`` prints. Where a branch is
-    less high than others, its uppermost switch stands for those that it lacks.
+    less high than others, its uppermost switch stands for those that it lacks. Switches with no nodes below them,
+    which Slurm allows, are left out.
     """
     switches = _switches(text, source, count_max)
     for name, switch in switches.items():
@@ -93,12 +104,15 @@ def paths_of_conf(text: str, source: str, count_max: int) -> list[tuple[str, ...
 
 def _paths(switches: Mapping[str, _Switch], order: Sequence[str], source: str) -> list[tuple[str, ...]]:
     """``order`` has every switch after the one above it."""
-    heights: dict[str, int] = {}
+    heights: dict[str, int] = {}  # 0 without nodes
     for name in reversed(order):
-        heights[name] = 1 + max((heights[child] for child in switches[name].switches), default=0)
-    height = max(heights[name] for name in order)
+        below = max((heights[child] for child in switches[name].switches), default=0)
+        heights[name] = below + 1 if below or switches[name].nodes else 0
+    height = max(heights.values())
+    if not height:
+        raise TopologyError(f"{source}: no switch and no block has nodes")
     above: dict[str, tuple[str, ...]] = {}  # from the switch upwards to the highest level
-    for name in order:
+    for name in (name for name in order if heights[name]):
         parent = switches[name].parent
         upper = above[parent] if parent is not None else ()
         above[name] = (name,) * (height - heights[name] + 1 - len(upper)) + upper
@@ -121,12 +135,12 @@ def _switches(text: str, source: str, count_max: int) -> dict[str, _Switch]:
     switches: dict[str, _Switch] = {}
     nodes = 0
     for number, line in _lines(text):
-        fields = {key.lower(): value for key, value in _PAIR.findall(line)}
+        fields = _fields(line, f"{source}:{number}")
         name = fields.get("switchname") or fields.get("blockname")
         if name is None:
             if line.strip() and not fields.keys() & {"blocksize", "blocksizes"}:
                 raise TopologyError(
-                    f"{source}:{number}: neither SwitchName= nor BlockName= is in {line.strip()[:60]!r}"
+                    f"{source}:{number}: neither SwitchName= nor BlockName= is in {shown(line.strip())}"
                 )
             continue
         if name in switches:
@@ -142,8 +156,12 @@ def _switches(text: str, source: str, count_max: int) -> dict[str, _Switch]:
                 switch.nodes = expand(fields["nodes"], count_max - nodes)
         except ValueError as error:
             raise TopologyError(f"{source}:{number}: {error}") from None
-        if not switch.switches and not switch.nodes:
-            raise TopologyError(f"{source}:{number}: {name!r} has neither Nodes= nor Switches=")
+        unknown = next((key for key in fields if key not in _KEYS), None)
+        if not switch.switches and not switch.nodes and unknown:  # it may be what they are meant to be called
+            raise TopologyError(
+                f"{source}:{number}: {name!r} has neither Nodes= nor Switches=, but {shown(unknown)}: "
+                f"{nearest(unknown, _KEYS)}"
+            )
         nodes += len(switch.nodes)
         switches[name] = switch
     if not switches:
@@ -151,14 +169,40 @@ def _switches(text: str, source: str, count_max: int) -> dict[str, _Switch]:
     return switches
 
 
+def _fields(line: str, where: str) -> dict[str, str]:
+    """What is set in a line, by key in small letters, as Slurm reads its configuration files; without what is empty.
+
+    No key has a value for those that follow: SwitchName=DEFAULT, unlike NodeName=DEFAULT in slurm.conf, is a switch.
+    """
+    if line.split(None, 1)[:1] and line.split(None, 1)[0].lower() == "include":
+        raise TopologyError(
+            f"{where}: another file is included, of which only Slurm knows where it is: put its lines here, or give "
+            f"what `scontrol show topology` prints"
+        )
+    fields: dict[str, str] = {}
+    end = 0
+    while match := _PAIR.match(line, end):
+        key, quoted, plain = match.groups()
+        value = plain if quoted is None else quoted
+        if value and value != _NONE:
+            fields[key.lower()] = value
+        end = match.end()
+    if rest := line[end:].strip():
+        raise TopologyError(f"{where}: {shown(rest)} is not of the form key=value, without spaces in lists")
+    return fields
+
+
 def _lines(text: str) -> list[tuple[int, str]]:
-    """The logical lines, without comments, each with the number of its first."""
+    """The logical lines, without comments, each with the number of its first.
+
+    As Slurm reads them, a line goes on in the next where it ends in a backslash: without a space between the two.
+    """
     lines: list[tuple[int, str]] = []
     start, collected = 1, ""
     for number, line in enumerate(text.splitlines(), 1):
         collected += line.partition("#")[0]
         if collected.rstrip().endswith("\\"):
-            collected = collected.rstrip()[:-1] + " "
+            collected = collected.rstrip()[:-1]
             continue
         lines.append((start, collected))
         start, collected = number + 1, ""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,16 @@ from blake3 import blake3
 from fastckpt.errors import TopologyError
 from fastckpt.topology.capacity import read_capacity
 from fastckpt.topology.dump import document_of, toml_of
-from fastckpt.topology.file import PLANES, Document, parse_text, planes_of
+from fastckpt.topology.file import LEVELS_MAX, PLANES, Document, check_level, parse_text, planes_of
 from fastckpt.topology.host_list import check_name
 from fastckpt.topology.nearest import nearest
 from fastckpt.topology.plane import RANKS_MAX, Plane, are_numbers, plane_of_paths
+from fastckpt.topology.shown import shown
 from fastckpt.topology.slurm import levels_of, paths_of_conf
 
 FILE_BYTES_MAX: Final = 64 * 2**20
+
+T = TypeVar("T")
 
 Capacities = Mapping[str, float | str]
 """By level, what each of its edges carries: bytes/s, or a text like "25 GB/s"."""
@@ -199,7 +202,7 @@ class Topology:
     @classmethod
     def from_hosts(cls, hosts: Sequence[str]) -> Topology:
         """One supernode, and no capacity known: rank ``r`` is on the node called ``hosts[r]``."""
-        return cls.from_paths([(host, "all") for host in hosts])
+        return cls.from_paths([(host, "all") for host in _listed("hosts", hosts)])
 
     @classmethod
     def from_paths(
@@ -214,26 +217,34 @@ class Topology:
         An edge is known by its name alone, so each must have one path. ``capacities`` may also have "rank" and
         "storage".
         """
-        known = ("rank", *levels, "storage")
-        if tuple(levels[:1]) != ("node",) or len(set(known)) < len(known):
-            raise TopologyError(f"levels are {list(levels)}: they must begin with node, and have no name twice")
+        levels = check_levels(levels)
+        capacities = read_capacities(capacities, levels)
+        paths = _listed("paths", paths)
         if not 0 < len(paths) <= RANKS_MAX:
             raise TopologyError(f"{len(paths)} ranks cannot be; from 1 to {RANKS_MAX} can")
-        for rank, path in enumerate(paths):
-            check_path(rank, path, levels)
-        return cls({"storage": plane_of_paths(paths, levels, "storage", read_capacities(capacities, known))}, True)
+        found = [check_path(f"the path of rank {rank}", path, levels) for rank, path in enumerate(paths)]
+        return cls({"storage": plane_of_paths(found, levels, "storage", capacities)}, True)
 
     @classmethod
     def from_slurm(cls, text: str, *, ranks_per_node: int = 1, capacities: Capacities | None = None) -> Topology:
         """The cluster that a ``topology.conf`` describes, or what ``scontrol show topology`` prints.
 
-        A leaf switch, or a block, is a supernode; higher switches are the levels switch2, switch3 and so on.
+        A leaf switch, or a block, is a supernode; higher switches are the levels switch2, switch3 and so on. The text
+        is all that is read: a file that it includes is refused. ``ValueError`` for a ``ranks_per_node`` that cannot be.
         """
-        if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int) or ranks_per_node < 1:
-            raise ValueError(f"ranks_per_node is {ranks_per_node!r}; it must be a number of at least 1")
-        paths = paths_of_conf(text, "topology.conf", RANKS_MAX // ranks_per_node)
-        levels = levels_of(len(paths[0]) - 1)
-        plane = plane_of_paths(paths, levels, "storage", read_capacities(capacities, ("rank", *levels, "storage")))
+        if not isinstance(text, str):
+            raise TypeError(f"the text of a topology.conf is {shown(text)}; read the file first")
+        if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int):
+            raise ValueError(f"ranks_per_node is {shown(ranks_per_node)}; it must be a whole number")
+        if not 1 <= ranks_per_node <= RANKS_MAX:
+            raise ValueError(f"ranks_per_node is {shown(ranks_per_node)}; it must be from 1 to {RANKS_MAX}")
+        paths = paths_of_conf(text, "topology.conf", RANKS_MAX)
+        if len(paths) * ranks_per_node > RANKS_MAX:
+            raise TopologyError(
+                f"topology.conf: {len(paths)} nodes of {ranks_per_node} ranks each are more than {RANKS_MAX} ranks"
+            )
+        levels = check_levels(levels_of(len(paths[0]) - 1))
+        plane = plane_of_paths(paths, levels, "storage", read_capacities(capacities, levels))
         return cls({"storage": plane.with_ranks(ranks_per_node)}, False, "topology.conf")
 
     # Equality.
@@ -269,34 +280,68 @@ class Topology:
 
     def __repr__(self) -> str:
         plane = self.planes["storage"]
-        counts = [f"{len(names)} {level}s" for level, names in zip(plane.levels[:-1], plane.names[:-1], strict=True)]
-        return f"<Topology of {', '.join(counts)}>"
+        levels = zip(plane.levels[:-1], plane.names[:-1], strict=True)
+        return f"<Topology {' '.join(f'{level}={len(names)}' for level, names in levels)}>"
 
 
-def check_path(rank: int, path: Sequence[str], levels: Sequence[str]) -> None:
-    """Raises ``TopologyError`` for a path that is not a name for each level."""
-    if isinstance(path, str) or not all(isinstance(name, str) for name in path):
-        raise TopologyError(f"the path of rank {rank} is {path!r}; it must be a list of names")
-    if len(path) != len(levels):
-        raise TopologyError(f"the path of rank {rank} is {list(path)}; it must have a name for each of {list(levels)}")
-    for level, name in zip(levels, path, strict=True):
+def check_levels(levels: Sequence[str]) -> tuple[str, ...]:
+    """Those of paths. Raises ``TopologyError`` for what are none."""
+    if isinstance(levels, str) or not isinstance(levels, Sequence) or not all(isinstance(each, str) for each in levels):
+        raise TopologyError(f"levels are {shown(levels)}: they must be a list of names, like ['node', 'rack']")
+    known = ("rank", *levels, "storage")
+    if not levels or levels[0] != "node" or len(set(known)) < len(known):
+        raise TopologyError(
+            f"levels are {shown(levels)}: they must begin with node, and have no name twice, nor rank or storage, "
+            f"which are below and above all others"
+        )
+    if len(known) > LEVELS_MAX:
+        raise TopologyError(f"levels are {shown(levels)}: with rank and storage {len(known)}, more than {LEVELS_MAX}")
+    for level in levels:
+        try:
+            check_level(level)
+        except ValueError as error:
+            raise TopologyError(f"levels: {error}") from None
+    return tuple(levels)
+
+
+def check_path(what: str, path: Sequence[str], levels: Sequence[str]) -> tuple[str, ...]:
+    """The path. Raises ``TopologyError`` that calls it ``what`` if it is not a name for each level."""
+    names = () if isinstance(path, str) or not isinstance(path, Sequence) else tuple(path)
+    if len(names) != len(levels) or not all(isinstance(name, str) for name in names):
+        raise TopologyError(f"{what} is {shown(path)}; it must be a list of names, one for each of {', '.join(levels)}")
+    for level, name in zip(levels, names, strict=True):
         try:
             check_name(name)
         except ValueError as error:
-            raise TopologyError(f"the {level} of rank {rank}: {error}") from None
+            raise TopologyError(f"{what}: {level}: {error}") from None
+    return names
 
 
 def read_capacities(capacities: Capacities | None, levels: Sequence[str]) -> dict[str, float]:
-    """Bytes/s by level. Raises ``TopologyError`` for a level that is not there, and for what is no capacity."""
+    """Bytes/s by level: of ``levels``, the ranks below them and the storage above.
+
+    Raises ``TopologyError`` for a level that is not there, and for what is no capacity.
+    """
+    if capacities is not None and not isinstance(capacities, Mapping):
+        raise TopologyError(f"capacities are {shown(capacities)}: give a dict by level, like {{'node': '25 GB/s'}}")
+    known = ("rank", *levels, "storage")
     found = {}
     for level, value in (capacities or {}).items():
-        if level not in levels:
-            raise TopologyError(f"capacities: there is no level {level!r}: {nearest(level, levels)}")
+        if level not in known:
+            meant = nearest(level, known) if isinstance(level, str) else f"known are {', '.join(known)}"
+            raise TopologyError(f"capacities: there is no level {shown(level)}: {meant}")
         try:
             found[level] = read_capacity(value)
         except ValueError as error:
             raise TopologyError(f"capacities: {level}: {error}") from None
     return found
+
+
+def _listed(what: str, values: Sequence[T]) -> Sequence[T]:
+    """``values`` if they are of ranks, one after the other."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TopologyError(f"{what} are {shown(values)}; they must be a list with one for each rank")
+    return values
 
 
 class _Nodes:

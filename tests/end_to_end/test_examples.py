@@ -90,9 +90,9 @@ def test_rolling_back_makes_the_last_commit_the_newest(tmp_path: Path) -> None:
 def test_kubernetes_the_driver_and_ray_say_where_ranks_are() -> None:
     printed = run("topology_sources.py").splitlines()
     assert printed == [
-        "Kubernetes: <Topology of 6 ranks, 3 nodes, 3 racks, 2 zones> {'racks': {'z1': 'r[1-2]', 'z2': 'r3'}}",
-        "NVLink: <Topology of 6 ranks, 3 nodes, 1 supernodes>",
-        "Ray: <Topology of 3 ranks, 3 nodes, 2 supernodes> "
+        "Kubernetes: <Topology rank=6 node=3 rack=3 zone=2> {'racks': {'z1': 'r[1-2]', 'z2': 'r3'}}",
+        "NVLink: <Topology rank=6 node=3 supernode=1>",
+        "Ray: <Topology rank=3 node=3 supernode=2> "
         "{'nodes': {'nvl-0': 'a[0-1]', 'nvl-1': 'b0'}, 'capacity': '400 GB/s'}",
     ]
 

@@ -14,7 +14,7 @@ import pytest
 
 from fastckpt import Topology, TopologyError
 from fastckpt.topology.lines import line_of
-from fastckpt.topology.offer import Offer, RankPath, agree, offer
+from fastckpt.topology.offer import Given, Offer, RankPath, TopologySource, agree
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "topologies"
 
@@ -229,7 +229,7 @@ WRONG: list[tuple[str, str]] = [
     ("[node]\nnames = 'a,b'\nranks = [1, 1, 1]", "3: node.ranks: says that there are 3 nodes, but node.names has 2"),
     ("[node]\nnames = 'a,b'\ncount = 3\nranks = 1", "3: node.count: says that there are 3 nodes, but node.names has 2"),
     ("[node.ranks]", "1: node.ranks: is empty"),
-    ("[node.ranks]\na = '0-3'\nb = '3-5'", "3: node.ranks.b: rank 3 is listed a second time"),
+    ("[node.ranks]\na = '0-3'\nb = '3-5'", "3: node.ranks.b: rank 3 is listed twice: a has it already"),
     ("[node.ranks]\na = '0-3'\nb = '5-6'", "3: node.ranks.b: rank 6 is unknown, since rank 4 is missing"),
     ("[node.ranks]\na = [0, 1]\nb = 4", "3: node.ranks.b: is a number, where others say which ranks"),
     ("[node.ranks]\na = [-1, 0]", "2: node.ranks.a.0: is -1; it must be a list of numbers from 0"),
@@ -240,8 +240,30 @@ WRONG: list[tuple[str, str]] = [
     ),
     (NODE + "[supernode.nodes]\ns = 'a[0-1]'\nt = 'a2'", "4: supernode.nodes: node 'a3' of node.names is missing"),
     (NODE + "[supernode.nodes]\ns = 'a[0-1]'\nt = 'a[1-3]'", "6: supernode.nodes.t: node 'a1' is named twice"),
-    ("[node]\ncount = 3\nranks = 1\n[supernode.nodes]\na = '0-1'\nb = '1'", "6: .*: node 1 is named twice: a has it"),
+    (
+        "[node]\ncount = 3\nranks = 1\n[supernode.nodes]\na = '0-1'\nb = '1'",
+        "6: supernode.nodes.b: node 1 is listed twice: a has it already",
+    ),
     ("[node]\ncount = 3\nranks = 1\n[supernode.nodes]\na = '0-1'\nb = '3'", "6: .*: node 3 is unknown"),
+    (
+        "[node]\ncount = 4\nranks = 1\n[supernode.nodes]\na = '0-1'\nb = '1-3'",
+        "6: supernode.nodes.b: node 1 is listed twice",
+    ),
+    (
+        "[node]\ncount = 4\nranks = 1\n[supernode.nodes]\na = '1-3'\nb = '0-1'",
+        "6: .*: node 1 is listed twice: a has it",
+    ),
+    (
+        "[node]\ncount = 4\nranks = 1\n[supernode.nodes]\na = '0-3'\nb = '9'\nc = '2'",
+        "7: .*: node 2 is listed twice: a",
+    ),
+    ("[node]\ncount = 2\ncount = 3\nranks = 1", "3: node.count: is a second time in the same table"),
+    ("[node]\ncount = 2\nranks = 1\nranks = 2", "4: node.ranks: is a second time in the same table"),
+    ("node = {count = 2, ranks = 1, count = 2}", "1: node.count: is a second time in the same table"),
+    ("node.count = 2\nnode.ranks = 1\nnode.count = 2]", "3: node.count: is a second time in the same table"),
+    (NODE + "[node] # again\ncount = 2", "4: node: is a second time in the same table"),
+    (NODE + "[node.ranks]\na = 1", "4: node.ranks: is a second time in the same table"),
+    (NODE + "names.x = 1", "is not TOML: Cannot overwrite a value"),
     (NODE + "[supernode.nodes]\ns = 'a[0-3]'\nt = []", "6: supernode.nodes.t: holds no node"),
     (NODE + "[supernode]\nnodes = 3", "5: supernode.nodes: 2 supernodes hold 6 nodes in all, but there are 4"),
     (NODE + "[supernode]\ncapacity = 3", "4: supernode.nodes: is missing: say how many nodes each holds"),
@@ -425,9 +447,23 @@ def test_paths_make_the_tree_and_a_level_has_the_capacity_given_for_it() -> None
     ("make", "message"),
     [
         (lambda: Topology.from_hosts([]), "0 ranks cannot be"),
-        (lambda: Topology.from_hosts(["a", ""]), "the node of rank 1: a name is empty"),
+        (lambda: Topology.from_hosts(["a", ""]), "the path of rank 1: node: a name is empty"),
         (lambda: Topology.from_paths([("a", "r"), "ab"]), "the path of rank 1 is 'ab'; it must be a list of names"),
-        (lambda: Topology.from_paths([("a", "r"), ("b",)]), "the path of rank 1 is .* a name for each of"),
+        (lambda: Topology.from_paths([("a", "r"), ("b",)]), "the path of rank 1 is .* one for each of node, supernode"),
+        (lambda: Topology.from_paths([("a", "r"), None]), "the path of rank 1 is None; it must be a list"),  # type: ignore[list-item]
+        (lambda: Topology.from_paths([("a", 3)]), r"the path of rank 0 is \['a', 3\]"),  # type: ignore[list-item]
+        (lambda: Topology.from_paths([("a", "r\n")]), "the path of rank 0: supernode: the name .* contains"),
+        (lambda: Topology.from_paths("ab"), "paths are 'ab'; they must be a list with one for each rank"),
+        (lambda: Topology.from_paths(None), "paths are None"),  # type: ignore[arg-type]
+        (lambda: Topology.from_hosts("ab"), "hosts are 'ab'; they must be a list with one for each rank"),
+        (lambda: Topology.from_paths([("a", "r")], capacities=[1]), r"capacities are \[1\]: give a dict"),  # type: ignore[arg-type]
+        (lambda: Topology.from_paths([("a", "r")], capacities={3: 1}), "no level 3: known are rank, node"),  # type: ignore[dict-item]
+        (lambda: Topology.from_paths([("a",)], levels="node"), "levels are 'node': they must be a list"),
+        (lambda: Topology.from_paths([("a", "b")], levels=("node", 3)), r"levels are \['node', 3\]"),  # type: ignore[arg-type]
+        (lambda: Topology.from_paths([()], levels=()), "must begin with node"),
+        (lambda: Topology.from_paths([("a", "b")], levels=("node", "rank")), "nor rank or storage"),
+        (lambda: Topology.from_paths([("a", "b")], levels=("node", "Super Node!\n")), "levels: .* cannot be a level's"),
+        (lambda: Topology.from_paths([], levels=["node", *map("s{}".format, range(14))]), "17, more than 16"),
         (
             lambda: Topology.from_paths([("a", "r"), ("a", "s")]),
             "node 'a' lies below supernode 'r' .* rank 0, .* rank 1",
@@ -483,7 +519,15 @@ def test_what_scontrol_prints_is_read_as_well() -> None:
     ("text", "message"),
     [
         ("", "topology.conf: no switch and no block is described"),
-        ("hello", "topology.conf:1: neither SwitchName= nor BlockName="),
+        ("hello", "topology.conf:1: 'hello' is not of the form key=value"),
+        ("\nRingName=r Nodes=x", "topology.conf:2: neither SwitchName= nor BlockName="),
+        ("SwitchName=a Nodes=x1, x2", "topology.conf:1: 'x2' is not of the form key=value, without spaces in lists"),
+        ("SwitchName=a Nodes=x1,\\\n x2", "topology.conf:1: 'x2' is not of the form key=value"),
+        (
+            "SwitchName=a Nodes=x\nInclude other.conf",
+            "topology.conf:2: another file is included, .* put its lines here",
+        ),
+        ("SwitchName=a Nodes=(null)\nSwitchName=DEFAULT LinkSpeed=3", "no switch and no block has nodes"),
         ("SwitchName=a Nods=x", "topology.conf:1: 'a' has neither Nodes= nor Switches="),
         ("SwitchName=a Nodes=x[", "topology.conf:1: .* has no counterpart"),
         ("SwitchName=a Nodes=x[0-99999999999]", "topology.conf:1: .* names; at most"),
@@ -507,12 +551,43 @@ def test_a_wrong_topology_conf_is_refused_with_its_line(text: str, message: str)
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "SwitchName=s Nodes=n[1-2],\\\nn3",
+        "SwitchName=s Nodes=n[1-2],\\  \nn3\n",
+        "SwitchName=s Nodes=n[1-2] # n9\\\nSwitchName=t Nodes=n3",
+        'SwitchName = s Nodes = "n[1-3]"',
+        "SwitchName=s Level=0 LinkSpeed=1 Nodes=n[1-3] Switches=",
+        "SwitchName=s Nodes=n[1-3] Switches=(null)\nSwitchName=e Level=0 Nodes= LinkSpeed=1\nSwitchName=f Nodes=(null)",
+        "SwitchName=DEFAULT LinkSpeed=2\nSwitchName=s Nodes=n[1-3]\nSwitchName=up Switches=DEFAULT",
+    ],
+)
+def test_a_topology_conf_is_read_as_slurm_reads_it(text: str) -> None:
+    topology = Topology.from_slurm(text)
+    assert topology.tree().levels == ("rank", "node", "supernode", "storage")
+    assert [way[0] for way in ways(topology)] == ["node n1", "node n2", "node n3"]
+
+
+def test_a_topology_conf_has_no_more_ranks_than_a_topology() -> None:
+    text = "SwitchName=s Nodes=n[1-2]"
+    assert Topology.from_slurm(text, ranks_per_node=5 * 10**6).ranks == 10**7
+    with pytest.raises(TopologyError, match="2 nodes of 5000001 ranks each are more than 10000000 ranks"):
+        Topology.from_slurm(text, ranks_per_node=5 * 10**6 + 1)
+    for wrong in (0, -1, 10**9, 1.5, True, "8"):
+        with pytest.raises(ValueError, match="ranks_per_node is"):
+            Topology.from_slurm(text, ranks_per_node=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="read the file first"):
+        Topology.from_slurm(EXAMPLES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("address", "pattern", "path"),
     [
         ("s9.s1.n1", "switch.switch.node", ("n1", "s1", "s9")),
         ("s9.s1.n1.site.org", "switch.switch.node", ("n1.site.org", "s1", "s9")),
         ("s9..n1", "switch.switch.node", ("n1", "s9", "s9")),
-        ("s[1-2].s1.n1", "switch.switch.node", ("n1", "s1", "s[1-2]")),
+        ("s[1-2].s1.n1", "switch.switch.node", ("n1", "s1", "s(1-2)")),
+        ("s[0-3,7],t.n1", "switch.node", ("n1", "s(0-3+7)+t")),
         ("b3.n1", "block.node", ("n1", "b3")),
         ("t:0:1:2.n1", "torus:x:y:z.node", ("n1",)),
         ("n1", "node", ("n1",)),
@@ -533,9 +608,9 @@ def test_without_an_address_of_slurm_there_is_a_reason_and_a_remedy() -> None:
 # --- agreement -----------------------------------------------------------------------------------------------------
 
 
-def sent(given: Topology | RankPath | None, host: str) -> Offer:
+def sent(given: TopologySource, host: str) -> Offer:
     """An offer as it arrives."""
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(offer(given, host)), type=Offer)
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(Given(given).offer(host)), type=Offer)
 
 
 def test_ranks_that_were_given_one_topology_get_that_of_their_hosts() -> None:
@@ -556,7 +631,7 @@ def test_ranks_that_know_nothing_get_the_tree_of_their_hosts() -> None:
 
 
 def test_an_offer_is_small_whatever_the_topology() -> None:
-    assert len(msgspec.msgpack.encode(offer(Topology.load(EXAMPLES / "new_sunway.toml"), "a"))) < 200
+    assert len(msgspec.msgpack.encode(Given(Topology.load(EXAMPLES / "new_sunway.toml")).offer("a"))) < 200
 
 
 def test_ranks_that_disagree_are_named_with_the_field() -> None:
@@ -574,15 +649,117 @@ def test_ranks_that_disagree_are_named_with_the_field() -> None:
         ([one, None, path], "rank 0: a topology, rank 1: nothing, rank 2: a path of their own"),
         ([path, RankPath.of("b", levels=("node",))], "levels .* differ: rank 0: node, supernode, rank 1: node"),
         ([path, RankPath.of("b", "r", capacities={"node": 5})], "capacities .* differ: rank 0: none, rank 1: node 5"),
-        ([path, RankPath.of("b")], "the path of rank 1 is .* a name for each of"),
+        ([path, RankPath.of("b")], r"rank 1: the path is \['b'\]; .* one for each of node, supernode"),
         ([path, RankPath.of("a", "s")], "node 'a' lies below supernode 'r' by the path of rank 0, .* of rank 1"),
     ]:
         with pytest.raises(TopologyError, match=message):
             agree([sent(each, "gpu01") for each in given], given[0], range(len(given)))
 
 
+def test_switches_side_by_side_are_one_edge_that_a_file_can_name() -> None:
+    pattern = {"SLURM_TOPOLOGY_ADDR_PATTERN": "switch.switch.node"}
+    addresses = ["s[0-3,7].s9.n1", "s[0-3,7].s9.n2", "s5.s8.n3"]
+    paths = [RankPath.from_slurm({"SLURM_TOPOLOGY_ADDR": address, **pattern}) for address in addresses]
+    topology = agree([sent(path, "host") for path in paths], paths[0], range(3))
+    assert [way[2] for way in ways(topology)] == ["switch2 s(0-3+7)", "switch2 s(0-3+7)", "switch2 s5"]
+    assert Topology.parse(topology.to_dict()) == topology
+
+
+class Odd(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def raising(error: BaseException) -> TopologySource:
+    def function() -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("cluster.toml", r"topology='cluster.toml' is not a fastckpt.Topology, .*; Topology.load reads a file"),
+        ("x" * 10**6, "topology='x{56}[.][.][.] is not a"),
+        (3, "topology=3 is not a fastckpt.Topology, a fastckpt.RankPath or None"),
+        (object(), "topology=an object is not"),
+        (lambda: ["a", "b"], r"the function given as topology returned \['a', 'b'\], which is not"),
+        (lambda one: None, "the function given as topology raised TypeError: .* missing 1 required"),
+        (
+            raising(ValueError("no rack of \ud800")),
+            r"the function given as topology raised ValueError: no rack of \\ud800",
+        ),
+        (
+            raising(TopologyError("cn1 is unknown")),
+            "the function given as topology raised TopologyError: cn1 is unknown",
+        ),
+        (raising(Odd()), "the function given as topology raised Odd"),
+        (raising(SystemExit(3)), "the function given as topology raised SystemExit: 3"),
+        (raising(ValueError("x" * 10**6)), "the function given as topology raised ValueError: x{400,500}[.][.][.]"),
+        (RankPath.of(), r"the path is \[\]; it must be a list of names, one for each of node, supernode"),
+        (RankPath.of(3, 4), r"the path is \[3, 4\]; it must be"),  # type: ignore[arg-type]
+        (RankPath.of(None, "a"), r"the path is \[None, 'a'\]; it must be"),  # type: ignore[arg-type]
+        (RankPath.of(["a", "b"]), r"the path is \[a list\]; it must be"),  # type: ignore[arg-type]
+        (RankPath.of("a\ud800", "b"), r"the path: node: the name 'a\\ud800' contains '\\ud800'"),
+        (lambda: RankPath.of("a", "[b"), r"the path: supernode: the name '\[b' contains '\['"),
+        (lambda: RankPath.of("a", "b", levels="node"), "the function .* raised TopologyError: levels are 'node'"),
+        (RankPath("ab"), "the path is 'ab'; it must be"),  # type: ignore[arg-type]
+        (RankPath(("a", "b"), ("node", "B!")), "levels: 'B!' cannot be"),
+        (RankPath(("a", "b"), capacities=(("node", -5.0),)), "capacities: node: -5.0 is not a capacity"),
+        (RankPath(("a", "b"), capacities=(("nodes", 5.0),)), "capacities: there is no level 'nodes'"),
+        (RankPath(("a", "b"), capacities=(3,)), "the topology cannot be used: TypeError: "),  # type: ignore[arg-type]
+        (Topology(None, True), "the topology cannot be used: AttributeError: "),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_said_with_the_rank(given: Any, problem: str) -> None:
+    path = RankPath.of("a", "b")
+    with pytest.raises(TopologyError, match=f"^rank 1: {problem}") as caught:
+        agree([sent(path, "h"), sent(given, "h"), sent(path, "h")], path, [0, 1, 2])
+    assert len(str(caught.value)) < 600
+
+
+def test_ranks_with_one_problem_are_told_together_and_of_many_problems_some() -> None:
+    offers = [sent(raising(ValueError(str(rank // 2))), "h") for rank in range(40)]
+    with pytest.raises(TopologyError) as caught:
+        agree(offers, None, range(40))
+    lines = str(caught.value).split("; ")
+    assert lines[1] == "ranks 2-3: the function given as topology raised ValueError: 1"
+    assert lines[8:] == ["and 12 more"]
+
+
+def test_a_function_is_called_once_and_what_it_gives_is_as_if_it_were_given() -> None:
+    calls = []
+    path = RankPath.of("a", "b", capacities={"node": 5})
+
+    def find() -> RankPath:
+        calls.append(None)
+        return path
+
+    given = Given(find)
+    assert not calls
+    assert given.offer("h") == given.offer("h") == Given(path).offer("h")
+    assert given.known is path
+    assert len(calls) == 1
+    assert sent(lambda: None, "h") == sent(None, "h")
+
+
+def test_what_a_function_raised_is_the_cause_of_the_error_and_an_interrupt_goes_on() -> None:
+    for error, expected in [(ValueError("no"), TopologyError), (KeyboardInterrupt(), KeyboardInterrupt)]:
+        given = Given(raising(error))
+        with pytest.raises(expected) as caught, given.agreeing():
+            agree([given.offer("h")], given.known, [0])
+        assert error in (caught.value, caught.value.__cause__)
+        with pytest.raises(TopologyError, match=f"^rank 0: .* raised {type(error).__name__}"), given.agreeing():
+            agree([given.offer("h")], given.known, [0])
+
+
+def test_a_topology_is_shown_with_how_many_edges_each_level_has() -> None:
+    assert repr(Topology.from_slurm(CONF)) == "<Topology rank=8 node=8 supernode=3 switch2=2>"
+
+
 def test_a_host_without_a_name_is_an_error_of_its_rank() -> None:
-    with pytest.raises(TopologyError, match="the host of rank 1: a name is empty"):
+    with pytest.raises(TopologyError, match="rank 1: the name of the host: a name is empty"):
         agree([sent(None, "a"), sent(None, "")], None, [0, 1])
 
 
