@@ -34,6 +34,7 @@ OPTIONS = [
     "staging_bytes_max",
     "writers",
     "streams",
+    "read_fanout",  # bench/read_fanout
     "copy",
     "commit_seconds_max",
     "record_hosts",
