@@ -34,6 +34,8 @@ UNEVEN = 1.5
 that it ends after them."""
 NEAR = 0.01
 """Writers are too few where all holders together would be faster by more than this."""
+TRIES_MAX = 16
+"""Of choosing more and more writers."""
 EXPECTED_TOLERANCE = 0.01
 """Of what is expected of ranks: far below what storage varies by."""
 
@@ -73,6 +75,8 @@ class _Job:
     """The shared ones."""
     fixed: Integers
     """(ranks,): bytes that only this rank holds."""
+    most: Integers
+    """Of each shared class, how many can write."""
     holders: Holders | None
     """None if there are no shared classes."""
     best: Placement
@@ -180,8 +184,9 @@ class Dealer:
             np.append(0, np.cumsum(counts[shared])),
             classes.holders[np.repeat(counts > 1, counts)],
         )
-        holders = Holders(self.tree, several, self._most(given)[shared]) if len(shared) else None
-        return _Job(given, alone, shared, several, fixed, holders, place(self._tree, several, fixed))
+        most = np.minimum(self._most(given)[shared], counts[shared])
+        holders = Holders(self.tree, several, most) if len(shared) else None
+        return _Job(given, alone, shared, several, fixed, most, holders, place(self._tree, several, fixed))
 
     def _most(self, given: ChunkedClasses) -> Integers:
         """Of each class, how many can write: not more than there are chunks, where a small one is none."""
@@ -234,21 +239,36 @@ class Dealer:
         )
 
     def _place(self, job: _Job, tree: Tree) -> Integers:
-        """Bytes of each holder of the shared classes: of as few writers as are enough, and of more as long as they
-        would be faster by that."""
+        """Bytes of each holder of the shared classes: of as few writers as are enough, and of more for the classes that
+        hold the others up, as long as that makes it faster and their objects are worth it."""
         if job.holders is None:
             return job.best.shares
         best = job.best if tree is self._tree else place(tree, job.classes, job.fixed)
+        wanted, writers_max = self._wanted(job)
         found: list[Placement] = []
-        for wanted in self._wanted(job):
+        while True:
             chosen = job.holders.choose(best.shares, wanted)
             if self._writers is None:
                 chosen = self._with_writing(job, chosen)
             found.append(best if len(chosen) == len(best.shares) else _place_on(tree, job, chosen))
-            if not self._has_seconds or found[-1].makespan_seconds <= best.bound_seconds * (1 + NEAR):
+            is_near = found[-1].makespan_seconds <= best.bound_seconds * (1 + NEAR)
+            if is_near or not self._has_seconds or len(found) == TRIES_MAX or len(_ranks(job, chosen)) >= writers_max:
                 break
+            more = np.where(self._hold_up(job, chosen, found[-1]), np.minimum(2 * wanted, job.most), wanted)
+            if (more == wanted).all():
+                break
+            wanted = more
         enough = min(each.makespan_seconds for each in found) * (1 + NEAR)
         return next(each.shares for each in found if each.makespan_seconds <= enough)
+
+    def _hold_up(self, job: _Job, chosen: npt.NDArray[np.intp], placement: Placement) -> npt.NDArray[np.bool_]:
+        """The classes that can only be written behind what binds."""
+        is_behind = np.zeros(len(job.fixed), bool)
+        binding = dict(by_level(placement.binding))
+        for level, edges in enumerate(self._tree.edges_of_ranks()):
+            is_behind |= np.isin(edges, binding.get(level, []))
+        starts = np.searchsorted(chosen, job.classes.starts[:-1])
+        return np.logical_and.reduceat(is_behind[job.classes.holders[chosen]], starts)
 
     def _with_writing(self, job: _Job, chosen: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Those chosen; but of classes that would be much to few, all holders that write something anyway, which makes
@@ -256,46 +276,43 @@ class Dealer:
         counts = np.diff(job.classes.starts)
         class_of = np.repeat(np.arange(len(counts)), counts)
         holders = job.classes.holders
-        writers = np.count_nonzero(job.fixed) + len(np.unique(holders[chosen][job.fixed[holders[chosen]] == 0]))
-        typical = (int(job.classes.bytes.sum()) + int(job.fixed.sum())) / writers
-        is_much = job.classes.bytes / np.bincount(class_of[chosen], minlength=len(counts)) > UNEVEN * typical
+        typical = (int(job.classes.bytes.sum()) + int(job.fixed.sum())) / len(_ranks(job, chosen))
+        writers = np.bincount(class_of[chosen], minlength=len(counts))
+        is_much = job.classes.bytes > UNEVEN * typical * writers
         writes = job.fixed > 0
         writes[holders[chosen[~is_much[class_of[chosen]]]]] = True
-        is_much &= np.logical_or.reduceat(writes[holders], job.classes.starts[:-1])
+        is_much &= np.add.reduceat(writes[holders], job.classes.starts[:-1]) > writers
         is_chosen = np.zeros(len(holders), bool)
         is_chosen[chosen] = True
         return np.flatnonzero(np.where(is_much[class_of], writes[holders], is_chosen))
 
-    def _wanted(self, job: _Job) -> list[Integers]:
-        """By class how many writers would do, and more and more after that.
+    def _wanted(self, job: _Job) -> tuple[Integers, int]:
+        """By class how many writers would do, and how many ranks may write in all.
 
-        How many there may be follows from bytes and objects, not from the topology: with more capacity there never are
-        fewer writers than make it worth.
+        Both follow from bytes and objects. What ranks can carry does not count: with more of it there would be fewer
+        writers, and it would take longer.
         """
         size = job.classes.bytes
-        everybody = np.diff(job.classes.starts)
         is_idle = job.fixed[job.classes.holders] == 0
         idle, total = len(np.unique(job.classes.holders[is_idle])), int(size.sum())
+        writing = int(np.count_nonzero(job.fixed))
         if self._writers is not None or not idle:
-            return [everybody]
+            return job.most, writing + idle
         used = [np.unique(edges[job.classes.holders]) for edges in self._tree.edges_of_ranks()]
         pool = min(float(level[which].sum()) for level, which in zip(self._tree.capacities[1:], used[1:], strict=True))
         narrow = replace(self.profile, bytes_per_second=min(pool, self.profile.bytes_per_second))
         count, most = narrow.enough_writers(total, idle), self.profile.most_writers(total, idle)
-        counts = [count]
-        while counts[-1] < most:
-            counts.append(min(2 * counts[-1], most))
         # Who writes something anyway makes no object more.
         has_idle = np.logical_or.reduceat(is_idle, job.classes.starts[:-1])
-        return [
-            # Products of bytes do not fit into 64 bits.
-            np.where(
-                has_idle & (count < idle),
-                np.maximum(-(-count * size.astype(object) // max(total, 1)), 1).astype(np.int64),
-                everybody,
-            )
-            for count in counts
-        ]
+        # Products of bytes do not fit into 64 bits.
+        worth = np.maximum(-(-count * size.astype(object) // max(total, 1)), 1).astype(np.int64)
+        wanted = np.where(has_idle & (count < idle), np.minimum(worth, job.most), job.most)
+        return wanted, writing + max(count, most)
+
+
+def _ranks(job: _Job, chosen: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Who writes."""
+    return np.union1d(np.flatnonzero(job.fixed), job.classes.holders[chosen])
 
 
 def _place_on(tree: Tree, job: _Job, chosen: npt.NDArray[np.intp]) -> Placement:

@@ -103,7 +103,7 @@ class Holders:
         """By class."""
         self._each_most = np.minimum.reduceat(sizes, self._class_starts)
         """By class: of one edge, how many writers there can be behind each."""
-        self._most = np.minimum(most, counts)
+        self._most = most
         # Classes that are held behind the same edges get the same number.
         marks = np.random.default_rng(0).integers(0, 2**64, len(tree.capacities[_level(tree)]), np.uint64)
         self._behind = np.add.reduceat(marks[edges[self._starts]], self._class_starts)
