@@ -180,7 +180,7 @@ class Holders:
         edges are equally far apart, so that over all of them each edge gets as much as it should."""
         kind, position = self._kinds(numbers)
         count = np.bincount(kind)
-        offsets = (position + 0.5) / count[kind] + phases(len(count))[kind]
+        offsets = (position + 0.5) / count[kind] + phases(len(count))[kind] - 0.5
         # Never next to an integer: what decides must not be the rounding of sums.
         found: Floats = (np.floor(offsets % 1 * 2**16) + 0.5) / 2**16
         return found

@@ -165,7 +165,7 @@ def test_there_are_enough_writers_for_what_the_edges_carry() -> None:
     for chunks in (100, 500, 2000):
         found = outlook(Dealer(tree), (range(48), [4 * MIB] * chunks))
         assert found["bound_seconds"] == pytest.approx(chunks * 4 * MIB / 24e9)
-        assert found["gap"] <= 0.02
+        assert found["gap"] <= 0.03
         assert found["writers"] < 48
 
 
