@@ -25,6 +25,10 @@ GAIN_MIN = 0.03
 WORTH_MAX = 2.0
 """More than enough may write where only so it is as fast as the topology allows; as long as their number makes the
 profile's time no longer than this many times the shortest."""
+TURNS = 16
+"""Each edge comes so often that once more or less does not matter."""
+ADDED_MAX = 0.5
+"""Of all writers: so many may be added for classes of fewer writers than edges to have equally many behind each."""
 ALIKE = 0.01
 """Edges that carry equally much but for so much are to have equally many writers."""
 
@@ -153,13 +157,20 @@ class Holders:
 
     def _numbers(self, wanted: Integers, is_even: npt.NDArray[np.bool_]) -> tuple[Integers, npt.NDArray[np.bool_]]:
         """How many writers each class gets: a multiple of its edges where these carry equally much, rounded up if so
-        many are possible, else down. Fewer than edges stay fewer where there are classes to take turns with, or where
-        it would be more than twice as many. Also which are multiples."""
+        many are possible, else down. Also which are multiples.
+
+        Fewer than edges stay fewer where enough classes take turns for all edges to have nearly equally many, and where
+        more would be many.
+        """
         edges = self._edges
         kind, _ = self._kinds(wanted)
-        takes_turns = (wanted < edges) & ((np.bincount(kind)[kind] * wanted >= edges) | (edges > 2 * wanted))
+        together = np.bincount(kind)[kind] * wanted
         more, less = -(-wanted // edges) * edges, self._most // edges * edges
         numbers = np.where(more > self._most, less, more)
+        is_equal = (together % edges == 0) | (together >= TURNS * edges)
+        added = int((numbers - wanted)[(wanted < edges) & ~is_equal].sum())
+        is_many = (edges > np.maximum(WRITERS_MIN, 2 * wanted)) | (added > ADDED_MAX * int(wanted.sum()))
+        takes_turns = (wanted < edges) & (is_equal | is_many)
         is_rounded = is_even & (self._most >= edges) & (numbers <= edges * self._each_most) & ~takes_turns
         return np.where(is_rounded, numbers, wanted), is_rounded
 
