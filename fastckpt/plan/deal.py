@@ -36,6 +36,9 @@ NEAR = 0.01
 """Writers are too few where all holders together would be faster by more than this."""
 TRIES_MAX = 16
 """Of choosing more and more writers."""
+STEP = 0.9
+"""If a try takes more than this part of the time of the one before, all classes get more writers, not only those that
+hold the others up."""
 EXPECTED_TOLERANCE = 0.01
 """Of what is expected of ranks: far below what storage varies by."""
 
@@ -254,7 +257,10 @@ class Dealer:
             is_near = found[-1].makespan_seconds <= best.bound_seconds * (1 + NEAR)
             if is_near or not self._has_seconds or len(found) == TRIES_MAX or len(_ranks(job, chosen)) >= writers_max:
                 break
-            more = np.where(self._hold_up(job, chosen, found[-1]), np.minimum(2 * wanted, job.most), wanted)
+            # One class after the other may hold the others up.
+            is_slow = len(found) > 1 and found[-1].makespan_seconds > STEP * found[-2].makespan_seconds
+            grows = self._hold_up(job, chosen, found[-1]) | is_slow
+            more = np.where(grows, np.minimum(2 * wanted, job.most), wanted)
             if (more == wanted).all():
                 break
             wanted = more

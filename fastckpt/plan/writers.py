@@ -172,6 +172,8 @@ class Holders:
         is_many = (edges > np.maximum(WRITERS_MIN, 2 * wanted)) | (added > ADDED_MAX * int(wanted.sum()))
         takes_turns = (wanted < edges) & (is_equal | is_many)
         is_rounded = is_even & (self._most >= edges) & (numbers <= edges * self._each_most) & ~takes_turns
+        # Where all are wanted, nobody is left out.
+        is_rounded &= numbers >= np.where(wanted >= self._counts, wanted, 0)
         return np.where(is_rounded, numbers, wanted), is_rounded
 
     def _kinds(self, numbers: Integers) -> tuple[Indices, Indices]:

@@ -215,6 +215,8 @@ def test_of_a_snapshot_of_tensors_on_a_mesh_all_is_known_whoever_wrote_them(tmp_
     assert found["layout"]["shared_bytes"] == layout.bytes() - steps
     assert found["layout"]["bytes"] == layout.bytes()
     assert found["placements"][0]["writers"] == 256
+    (tmp_path / "t.toml").write_text("[node]\ncount = 40\nranks = 16\n")
+    assert "ran on the first 32 nodes" in plan(tmp_path / "t.toml", path).stderr
 
 
 # --- what is wrong -------------------------------------------------------------------------------------------------

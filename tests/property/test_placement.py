@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.placement.exact import least_seconds
@@ -280,6 +280,8 @@ def test_relabelling_ranks_never_changes_the_time(seed: int) -> None:
 
 
 @settings(max_examples=60)
+@example(633)
+@example(7000039)
 @given(seeds)
 def test_more_capacity_never_makes_a_dealt_plan_slower(seed: int) -> None:
     check_more_capacity_never_makes_a_dealt_plan_slower(seed)

@@ -115,6 +115,37 @@ def test_the_rule_holds_for_several_classes_and_families(supernodes: int) -> Non
         assert dealt.written.tolist() == Dealer(tree).deal(given).written.tolist()
 
 
+def test_with_faster_ranks_a_plan_is_not_slower_for_having_fewer_writers() -> None:
+    random = np.random.default_rng(7)
+    for _ in range(40):
+        nodes = random.integers(2, 60, 3).tolist()
+        uplinks = {str(edge): float(10 ** random.uniform(9, 10.5)) for edge in range(3)}
+        rank, storage, chunks = (
+            10 ** random.uniform(8.5, 9.5),
+            10 ** random.uniform(9.5, 11),
+            random.integers(500, 2000),
+        )
+        seconds = []
+        for capacity in (rank, 1.001 * rank, 2 * rank):
+            tree = Topology.parse(
+                {
+                    "rank": {"capacity": float(capacity)},
+                    "node": {"ranks": 1},
+                    "supernode": {"nodes": nodes, "capacities": uplinks},
+                    "storage": {"capacity": float(storage)},
+                }
+            ).tree()
+            seconds.append(outlook(Dealer(tree), (range(sum(nodes)), [4 * MIB] * int(chunks)))["makespan_seconds"])
+        assert seconds[1] <= seconds[0] * 1.01
+        assert seconds[2] <= seconds[0] * 1.02
+
+
+def test_of_as_many_chunks_as_writers_each_gets_one() -> None:
+    sizes = [4 * MIB] * 7 + [3 * MIB]
+    pairs = [(range(8 * number, 8 * number + 8), sizes) for number in range(2)]
+    assert sorted(written(Dealer(flat(16)), *pairs)) == [3 * MIB] * 2 + [4 * MIB] * 14
+
+
 def test_classes_of_one_writer_take_turns_behind_equal_edges() -> None:
     """However many ranks are behind an edge."""
     tree = Topology.parse({"node": {"ranks": 1}, "supernode": {"nodes": [3, 3, 1], "capacity": "1 GB/s"}}).tree()
