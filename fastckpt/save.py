@@ -38,6 +38,7 @@ from fastckpt.group import ANSWER_SECONDS, Assembly, Group, Reply, as_told, chec
 from fastckpt.options import Options
 from fastckpt.plan.rates import encode_rate
 from fastckpt.plan.value_kinds import Differences, find_differences, value_kinds
+from fastckpt.plan.writers import Profile
 from fastckpt.repository import pull, repository
 from fastckpt.repository.pull import Pull
 from fastckpt.repository.writer import ChunkWriter, Contents, outcome, write_part
@@ -48,7 +49,7 @@ from fastckpt.trace import Trace
 
 log = logging.getLogger("fastckpt")
 
-STREAMS = 4
+STREAMS = Profile.streams
 """Threads a rank that hash and write, each into packs of its own, unless options say otherwise."""
 OUTCOME_SECONDS_MIN = 2.0
 """For reading the history after a failure, even if the time for the save is over."""
@@ -168,7 +169,7 @@ class Saves:
             raise
         self._began = time.monotonic()
         flow.run(self._store)
-        self._rate = encode_rate(self._writer.stored_bytes, time.monotonic() - self._began)
+        self._rate = encode_rate(sum(agreed.sizes), time.monotonic() - self._began)
         return self._writer
 
     def _begin(self, attempt: Attempt) -> None:
@@ -326,7 +327,7 @@ class Saves:
         # Lines are in the order of the nodes' numbers.
         rates[np.argsort(self._nodes, kind="stable")] = np.frombuffer(b"".join(line.rates for line in parts), "<u2")
         placement = dealer.outlook()
-        dealer.rates.add(rates)
+        dealer.learn(rates)
         return placement
 
     def _learn_outcome(self, attempt: Attempt, error: Exception, end: float, failed_here: bool) -> Live | None:

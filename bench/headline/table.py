@@ -1,4 +1,4 @@
-"""174 x 10^12 parameters saved from 96,000 nodes, by four placements. A simulation.
+"""174 x 10^12 parameters saved from 96,000 nodes, by five placements. A simulation.
 
 Markdown for the README: topology and layout are those of ``examples``, and what is assumed in them stands beside
 the table.
@@ -7,24 +7,28 @@ the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fastckpt.plan import rivals
+from fastckpt.plan.classes import of_holdings
+from fastckpt.plan.deal import Dealer, Dealt
 from fastckpt.plan.holdings import Holdings
 from fastckpt.plan.layout_file import read_layout
 from fastckpt.plan.placement import place
+from fastckpt.plan.save_plan import auto_chunk_bytes
 from fastckpt.plan.simulate import simulate
+from fastckpt.plan.writers import Profile
 from fastckpt.topology.topology import Topology, Tree
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STATES = {"weights only": [2], "with optimizer": [2, 4, 4, 4], "and gradients": [2, 4, 4, 4, 2]}
 """Bytes of a parameter: nothing public says what was stored."""
-CROWDED = 1 / 8
-"""Of the supernodes that have a writer, where they are crowded."""
+SUPERNODE = 2
+"""The level."""
 
 Loads = npt.NDArray[np.int64]
 
@@ -38,27 +42,20 @@ def layout(sizes: list[int]) -> Holdings:
     return read_layout(text, str(path))
 
 
-def placements(tree: Tree, held: Holdings) -> Mapping[str, Loads]:
-    """Bytes by rank. The two in the middle let ranks write what others hold, and take its way to them for free."""
-    _, _, supernodes, *_ = tree.edges_of_ranks()
-    count = len(tree.capacities[2])
-    first_of_each = np.unique(supernodes, return_index=True)[1]
-    crowded = np.flatnonzero(supernodes < count * CROWDED)
-    return {
+def placements(tree: Tree, held: Holdings) -> tuple[Mapping[str, Loads], Dealt]:
+    """Bytes by rank, and what is planned as a save would plan it. The two in the middle let ranks write what others
+    hold, and take its way to them for free."""
+    dealt = Dealer(tree).deal(of_holdings(held, auto_chunk_bytes(held.bytes)))
+    crowded = rivals.crowded(tree, held, SUPERNODE)
+    used = len(np.unique(list(tree.edges_of_ranks())[SUPERNODE][crowded > 0]))
+    loads = {
         "naive: each byte by the first rank that holds it": held.loads(rivals.first_replica(held.classes)),
-        "too few writers: one a supernode": spread(held, first_of_each),
-        f"crowded: every node of {len(np.unique(supernodes[crowded]))} supernodes": spread(held, crowded),
-        "**planned by fastckpt**": held.loads(place(tree, held.classes, held.fixed).shares),
+        "too few writers: one a supernode": rivals.too_few(tree, held, SUPERNODE),
+        f"crowded: every node of {used} supernodes": crowded,
+        "every holder writes": held.loads(place(tree, held.classes, held.fixed).shares),
+        "**planned by fastckpt**": dealt.written,
     }
-
-
-def spread(held: Holdings, writers: npt.NDArray[np.intp]) -> Loads:
-    """Everything, equally on these ranks."""
-    loads = np.zeros(held.ranks, np.int64)
-    each, over = divmod(held.bytes, len(writers))
-    loads[writers] = each
-    loads[writers[:over]] += 1
-    return loads
+    return loads, dealt
 
 
 def table() -> str:
@@ -69,8 +66,9 @@ def table() -> str:
         f"| 174 x 10^12 parameters, simulated | writers | supernodes | {' | '.join(heads)} | TB/s |",
         "|---|---|---|" + "---|" * (len(heads) + 1),
     ]
-    supernodes = list(tree.edges_of_ranks())[2]
-    by_state = [placements(tree, held) for held in states.values()]
+    supernodes = list(tree.edges_of_ranks())[SUPERNODE]
+    found = [placements(tree, held) for held in states.values()]
+    by_state, dealt = [loads for loads, _ in found], [each for _, each in found]
     for name in by_state[0]:
         seconds = [simulate(tree, ways[name]).makespan_seconds for ways in by_state]
         loads = by_state[-1][name]
@@ -78,7 +76,17 @@ def table() -> str:
         rate = loads.sum() / seconds[-1] / 1e12
         times = " | ".join(f"{each / 60:.1f} min" for each in seconds)
         lines.append(f"| {name} | {np.count_nonzero(loads):,} | {used} | {times} | {rate:.2f} |")
-    return "\n".join([*lines, "", assumptions(tree)])
+    return "\n".join([*lines, "", objects(dealt), "", assumptions(tree)])
+
+
+def objects(dealt: Sequence[Dealt]) -> str:
+    profile = Profile()
+    times = ", ".join(f"{each.objects / profile.objects_per_second / 60:.1f}" for each in dealt)
+    return (
+        f"Beside these minutes: {times} for making the objects of the plans, {profile.streams} a writer, at "
+        f"{profile.objects_per_second:g} a second, which a storage is taken for until it is measured; twice that where "
+        "every node writes."
+    )
 
 
 def assumptions(tree: Tree) -> str:

@@ -3,7 +3,6 @@ SHARDS RUNS EXACT`` prints what was found as JSON."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import resource
 import sys
@@ -13,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from bench.placement.layouts import Layout, layout
-from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, phases, place
+from fastckpt.plan.classes import ChunkedClasses
+from fastckpt.plan.deal import Dealer
+from fastckpt.plan.placement import Classes, makespan, place
 
 
 def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[str, Any]:
-    """From the sizes of all shards to the shares of all writers, timed; then, not timed, to chunks: a shard is one."""
+    """From the sizes of all shards to the runs of all writers, timed; a shard is one chunk."""
     given = layout(name, nodes, shards)
     made_bytes = _peak_bytes()
     seconds = []
@@ -26,10 +27,12 @@ def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[st
         # Sums of floats, which are exact below 2**53.
         totals = np.bincount(given.class_of, given.sizes).astype(np.int64)
         counted = time.perf_counter()
-        classes = Classes(totals, given.classes.starts, given.classes.holders)
-        placement = place(given.tree, classes, given.fixed)
-        seconds.append({"totals": counted - start, "solve": time.perf_counter() - counted})
+        dealer = Dealer(given.tree)
+        dealt = dealer.deal(_chunked(given, totals))
+        seconds.append({"totals": counted - start, "deal": time.perf_counter() - counted})
     solved_bytes = _peak_bytes()
+    classes = Classes(totals, given.classes.starts, given.classes.holders)
+    every = place(given.tree, classes, given.fixed)
     even = np.repeat(totals / np.diff(classes.starts), np.diff(classes.starts))
     found = {
         "layout": name,
@@ -43,12 +46,16 @@ def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[st
         "seconds": seconds,
         "layout_peak_bytes": made_bytes,
         "peak_bytes": solved_bytes,
-        "makespan_seconds": placement.makespan_seconds,
-        "bound_seconds": placement.bound_seconds,
-        "gap": placement.gap,
-        "binding_edges": np.bincount([level for level, _ in placement.binding], minlength=4).tolist(),
+        "makespan_seconds": every.makespan_seconds,
+        "bound_seconds": every.bound_seconds,
+        "gap": every.gap,
+        "binding_edges": np.bincount([level for level, _ in every.binding], minlength=4).tolist(),
         "even_seconds": makespan(given.tree, given.fixed + np.bincount(classes.holders, even, len(given.fixed))),
-        "chunked_seconds": _chunked_seconds(given, classes, placement),
+        "dealt": {
+            "writers": int(np.count_nonzero(dealt.written)),
+            "makespan_seconds": dealt.makespan_seconds,
+            "object_seconds": dealt.objects / dealer.profile.objects_per_second,
+        },
     }
     if exact:
         from bench.placement.exact import least_seconds
@@ -57,16 +64,19 @@ def solve(name: str, nodes: int, shards: int, runs: int, exact: bool) -> dict[st
     return found
 
 
-def _chunked_seconds(given: Layout, classes: Classes, placement: Placement) -> float:
-    written = given.fixed.copy()
-    spans = zip(itertools.pairwise(classes.starts), phases(len(classes.bytes)), strict=True)
-    for number, ((first, end), phase) in enumerate(spans):
-        holding = slice(first, end)
-        sizes = given.sizes[slice(*np.searchsorted(given.class_of, [number, number + 1]))]
-        runs = cut_runs(sizes, placement.shares[holding], phase)
-        ends = np.append(0, np.cumsum(sizes))[np.cumsum(runs)]
-        written[classes.holders[holding]] += np.diff(ends, prepend=0)
-    return makespan(given.tree, written)
+def _chunked(given: Layout, totals: np.ndarray[Any, np.dtype[np.int64]]) -> ChunkedClasses:
+    """The classes of several ranks, then what one rank holds, in one chunk each."""
+    alone, starts = np.flatnonzero(given.fixed), given.classes.starts
+    firsts = np.searchsorted(given.class_of, np.arange(len(totals) + 1))
+    return ChunkedClasses(
+        Classes(
+            np.concatenate([totals, given.fixed[alone]]),
+            np.concatenate([starts, starts[-1] + 1 + np.arange(len(alone))]),
+            np.concatenate([given.classes.holders, alone]),
+        ),
+        np.concatenate([np.diff(firsts), np.ones(len(alone), np.int64)]),
+        [(np.array([number]), given.sizes[firsts[number] : firsts[number + 1]]) for number in range(len(totals))],
+    )
 
 
 def _peak_bytes() -> int:

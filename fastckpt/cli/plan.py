@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from fastckpt.plan.deal import Dealer, Dealt
     from fastckpt.plan.holdings import Holdings
-    from fastckpt.plan.placement import Placement
     from fastckpt.topology.topology import Topology, Tree
 
 FILE_BYTES_MAX = 16 * 1024 * 1024
-RANKS_PER_WRITER = 64
-"""Of the placement with too few writers."""
 ROWS_MAX = 40
 NAMES_MAX = 1000
 """Of edges in the JSON document; their number is there, too."""
@@ -35,6 +34,7 @@ LINES = ("-", "--", "-.", ":")
 NAMED_MAX = 16
 """Supernodes in a picture that still have room for their names."""
 PLANNED = "planned"
+GATHERED = "too few and crowded writers get what they do not hold from others, at no cost"
 SNAPSHOT_TELLS = "a snapshot says who wrote what, and who else held it only of tensors on a mesh"
 
 
@@ -68,10 +68,21 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class _Job:
+    """What is to be saved."""
+
+    holdings: Holdings
+    chunk_bytes: int
+    rank_nodes: Sequence[int] | None
+    """The number of the node of each rank; None where that is not known."""
+
+
+@dataclass(frozen=True)
 class _Result:
     tree: Tree
     holdings: Holdings
-    placement: Placement
+    dealer: Dealer
+    dealt: Dealt
     level: int
     groups: list[_Group]
     outcomes: list[_Outcome]
@@ -91,9 +102,12 @@ class _Result:
     "source",
     required=True,
     metavar="FILE|REPO",
+    envvar="FASTCKPT_REPOSITORY",
     help="What the ranks hold: a TOML file of a model's dimensions and parallelism, or a repository.",
 )
 @step_option
+@click.option("--writers", type=click.IntRange(min=1), metavar="N", help="As Options(writers=N); else as many as gain.")
+@click.option("--streams", type=click.IntRange(min=1), metavar="N", help="As Options(streams=N); else four.")
 @click.option(
     "--plot",
     metavar="FILE",
@@ -101,30 +115,48 @@ class _Result:
     help="Also draw bytes per supernode, as PNG, SVG or PDF; needs matplotlib.",
 )
 @pass_terminal
-def command(terminal: Terminal, topology_file: str, source: str, step: int | None, plot: str | None) -> None:
-    """Plan who writes what of a job's state on a topology.
+def command(
+    terminal: Terminal,
+    topology_file: str,
+    source: str,
+    step: int | None,
+    writers: int | None,
+    streams: int | None,
+    plot: str | None,
+) -> None:
+    """Plan who writes what of a job's state on a topology, as its saves would.
 
     Shows bytes and writers per supernode, the time until all is written (makespan), the time that no placement beats
-    (bound), how far the two are apart (gap), the edges that give the bound (binding), and how long other ways to place
-    the same bytes take: by the slowest edge, and simulated with flows that share the network fairly.
+    (bound), how far the two are apart (gap), the edges that give the bound (binding), how long making the objects
+    takes, and how long other ways to place the same bytes take: by the slowest edge, and simulated with flows that
+    share the network fairly.
     """
     figure = _figure(plot) if plot else None
     topology = _topology(topology_file)
-    holdings = _holdings(source, step)
-    if topology.ranks != holdings.ranks:
-        raise click.UsageError(
-            f"{topology_file} has {topology.ranks} ranks and {source} has {holdings.ranks}; "
-            "describe the same job in both: `ranks` and `count` of the topology say how many there are"
+    job = _job(source, step)
+    if topology.ranks != job.holdings.ranks:
+        used = _part(topology, job)
+        if used is None:
+            raise click.UsageError(
+                f"{topology_file} has {topology.ranks} ranks and {source} has {job.holdings.ranks}; "
+                "describe the same job in both: `ranks` and `count` of the topology say how many there are"
+            )
+        terminal.note(
+            f"{topology_file} has {topology.ranks} ranks and {source} has {job.holdings.ranks}: planned as if the job "
+            f"ran on the first {count_text(len(set(used.node_of.tolist())), 'node')}"
         )
-    result = _plan(topology.tree(), holdings)
-    if figure is not None and plot:
-        _draw(figure, result, plot)
+        topology = used
+    result = _plan(topology.tree(), job, writers, streams)
     if terminal.json:
         terminal.document(_json(topology_file, source, result))
     else:
         _show(terminal, topology_file, source, result)
-        if plot:
-            terminal.note(f"drawn to {plot}")
+    if figure is not None and plot:
+        try:
+            _draw(figure, result, plot)
+        except OSError as error:
+            raise click.ClickException(f"{plot}: cannot be written: {error.strerror}") from None
+        terminal.note(f"drawn to {plot}")
 
 
 # --- what is asked about -------------------------------------------------------------------------------------------
@@ -140,12 +172,14 @@ def _topology(path: str) -> Topology:
         raise click.BadParameter(str(error), param_hint="--topology") from None
 
 
-def _holdings(source: str, step: int | None) -> Holdings:
+def _job(source: str, step: int | None) -> _Job:
     from fastckpt.plan.holdings import holdings_of_layout
     from fastckpt.plan.layout_file import read_layout
+    from fastckpt.plan.save_plan import auto_chunk_bytes
 
     if not os.path.isfile(source):
-        return holdings_of_layout(open_repository(source).snapshot(step).chunks)
+        chunks = open_repository(source).snapshot(step).chunks
+        return _Job(holdings_of_layout(chunks), chunks.layout.chunk_bytes, chunks.layout.rank_nodes)
     if step is not None:
         raise click.UsageError(f"--step is for a repository, and {source} is a file")
     try:
@@ -153,48 +187,71 @@ def _holdings(source: str, step: int | None) -> Holdings:
             data = file.read(FILE_BYTES_MAX + 1)
         if len(data) > FILE_BYTES_MAX:
             raise ValueError(f"{source}: more than {size_text(FILE_BYTES_MAX)} is no layout file")
-        return read_layout(data.decode(), source)
+        holdings = read_layout(data.decode(), source)
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"{source}: byte {error.start} is not UTF-8", param_hint="--layout") from None
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--layout") from None
+    return _Job(holdings, auto_chunk_bytes(holdings.bytes), None)
+
+
+def _part(topology: Topology, job: _Job) -> Topology | None:
+    """The topology of a job that runs on the first nodes of a cluster; None if there are not enough, or it describes
+    another job."""
+    import numpy as np
+
+    from fastckpt.topology.topology import Topology
+
+    node_of = topology.node_of[: job.holdings.ranks] if job.rank_nodes is None else np.array(job.rank_nodes, np.intp)
+    nodes = len(topology.planes["storage"].names[1])
+    if topology.ranks_are_known or len(node_of) < job.holdings.ranks or node_of.max(initial=0) >= nodes:
+        return None
+    planes = {name: plane.of_job(node_of) for name, plane in topology.planes.items()}
+    return Topology(planes, True, topology.source)
 
 
 # --- the plan and its rivals ---------------------------------------------------------------------------------------
 
 
-def _plan(tree: Tree, holdings: Holdings) -> _Result:
+def _plan(tree: Tree, job: _Job, writers: int | None, streams: int | None) -> _Result:
     import numpy as np
 
     from fastckpt.plan import rivals
+    from fastckpt.plan.classes import of_holdings
+    from fastckpt.plan.deal import Dealer
     from fastckpt.plan.placement import place
 
+    holdings = job.holdings
     classes = holdings.classes
     level = tree.levels.index("supernode") if "supernode" in tree.levels else len(tree.levels) - 2
     *_, group_of = itertools.islice(tree.edges_of_ranks(), level + 1)
-    placement = place(tree, classes, holdings.fixed)
+    kind, count = tree.levels[level], len(tree.capacities[level])
+    dealer = Dealer(tree, writers=writers, streams=streams)
+    dealt = dealer.deal(of_holdings(holdings, job.chunk_bytes))
+    planned = dealt.written
+    few, crowded = rivals.too_few(tree, holdings, level), rivals.crowded(tree, holdings, level)
+    used = len(np.unique(group_of[crowded > 0]))
     ways = {
-        PLANNED: placement.shares,
-        "even per replica": rivals.even(classes),
-        "whole shards, greedily": rivals.whole_shards(holdings),
-        "first replica": rivals.first_replica(classes),
-        f"crowded {tree.levels[level]}s": rivals.crowded(tree, classes, level),
-        f"a writer every {RANKS_PER_WRITER} ranks": rivals.few_writers(classes, RANKS_PER_WRITER),
+        PLANNED: planned,
+        "planned, every holder": holdings.loads(place(tree, classes, holdings.fixed).shares),
+        "even per replica": holdings.loads(rivals.even(classes)),
+        "whole shards, greedily": holdings.loads(rivals.whole_shards(holdings)),
+        "first replica": holdings.loads(rivals.first_replica(classes)),
+        f"too few: {count_text(int(np.count_nonzero(few)), 'writer')}, one a {kind}": few,
+        f"crowded: {count_text(int(np.count_nonzero(crowded)), 'writer')} in {used} of {count} {kind}s": crowded,
     }
-    planned = holdings.loads(placement.shares)
     own = _comparable_seconds(tree, planned)
-    outcomes = [_outcome(tree, name, holdings.loads(shares), group_of, own) for name, shares in ways.items()]
-    count = len(tree.capacities[level])
+    outcomes = [_outcome(tree, name, loads, group_of, own) for name, loads in ways.items()]
     ranks = np.bincount(group_of, minlength=count)
-    writers = np.bincount(group_of[planned > 0], minlength=count)
+    writing = np.bincount(group_of[planned > 0], minlength=count)
     sums = np.zeros(count, np.int64)
     np.add.at(sums, group_of, planned)
     seconds = sums / tree.capacities[level]
     groups = [
-        _Group(tree.names[level][edge], int(ranks[edge]), int(writers[edge]), int(sums[edge]), float(seconds[edge]))
+        _Group(tree.names[level][edge], int(ranks[edge]), int(writing[edge]), int(sums[edge]), float(seconds[edge]))
         for edge in range(count)
     ]
-    return _Result(tree, holdings, placement, level, groups, outcomes)
+    return _Result(tree, holdings, dealer, dealt, level, groups, outcomes)
 
 
 def _outcome(
@@ -230,7 +287,7 @@ def _comparable_seconds(tree: Tree, loads: npt.NDArray[np.int64]) -> float:
 def _show(terminal: Terminal, topology_file: str, source: str, result: _Result) -> None:
     from fastckpt.plan.deal import by_level, name_edges
 
-    tree, holdings, placement = result.tree, result.holdings, result.placement
+    tree, holdings, dealt = result.tree, result.holdings, result.dealt
     own = result.outcomes[0]
     levels = [
         count_text(len(capacities), level)
@@ -241,16 +298,22 @@ def _show(terminal: Terminal, topology_file: str, source: str, result: _Result) 
         f"layout       {source}: {size_text(holdings.bytes)}, of which several ranks hold "
         f"{size_text(holdings.shared_bytes)} ({count_text(len(holdings.classes.bytes), 'set')} of ranks)"
     )
-    if math.isnan(placement.makespan_seconds):
+    profile = result.dealer.profile
+    terminal.line(
+        f"writers      {own.writers} of {count_text(holdings.ranks, 'rank')}, who make "
+        f"{count_text(dealt.objects, 'object')}: {_seconds_text(dealt.objects / profile.objects_per_second)} more, at "
+        f"{profile.objects_per_second:g} a second"
+    )
+    if math.isnan(dealt.makespan_seconds):
         terminal.line("makespan     ?, no capacity is known; all ranks count as equally fast")
     else:
         simulated = _seconds_text(own.simulated_seconds)
-        terminal.line(f"makespan     {_seconds_text(placement.makespan_seconds)} ({simulated} simulated)")
-        terminal.line(f"bound        {_seconds_text(placement.bound_seconds)}: no placement is faster")
-    terminal.line(f"gap          {placement.gap:.2%}")
-    if not math.isnan(placement.bound_seconds):
+        terminal.line(f"makespan     {_seconds_text(dealt.makespan_seconds)} ({simulated} simulated)")
+        terminal.line(f"bound        {_seconds_text(dealt.bound_seconds)}: no placement is faster")
+    terminal.line(f"gap          {dealt.gap:.2%}")
+    if not math.isnan(dealt.bound_seconds):
         binding = "; ".join(
-            f"{name_edges(tree, *cut)} ({_rate_text(_together(tree, *cut))})" for cut in by_level(placement)
+            f"{name_edges(tree, *cut)} ({_rate_text(_together(tree, *cut))})" for cut in by_level(dealt.binding)
         )
         terminal.line(f"binding      {binding or 'nothing'}")
     terminal.line()
@@ -270,6 +333,7 @@ def _show(terminal: Terminal, topology_file: str, source: str, result: _Result) 
             for outcome in result.outcomes
         ],
     )
+    terminal.note(GATHERED)
     if not holdings.shared_bytes and holdings.bytes:
         limits = "" if os.path.isfile(source) else f"; {SNAPSHOT_TELLS}"
         terminal.note(f"every byte has one holder that is known, so there is nothing to choose{limits}")
@@ -322,7 +386,7 @@ def _finite(number: float) -> float | None:
 def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
     from fastckpt.plan.deal import by_level
 
-    tree, placement, holdings = result.tree, result.placement, result.holdings
+    tree, dealt, holdings = result.tree, result.dealt, result.holdings
     levels = zip(tree.levels, tree.capacities, strict=True)
     return {
         "topology": {"file": topology_file, "edges": {level: len(edges) for level, edges in levels}},
@@ -332,9 +396,13 @@ def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
             "shared_bytes": holdings.shared_bytes,
             "sets": len(holdings.classes.bytes),
         },
-        "makespan_seconds": _finite(placement.makespan_seconds),
-        "bound_seconds": _finite(placement.bound_seconds),
-        "gap": _finite(placement.gap),
+        "writers": result.outcomes[0].writers,
+        "streams": result.dealer.profile.streams,
+        "objects": dealt.objects,
+        "object_seconds": dealt.objects / result.dealer.profile.objects_per_second,
+        "makespan_seconds": _finite(dealt.makespan_seconds),
+        "bound_seconds": _finite(dealt.bound_seconds),
+        "gap": _finite(dealt.gap),
         "binding": [
             {
                 "level": tree.levels[level],
@@ -342,7 +410,7 @@ def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
                 "names": [tree.names[level][edge] for edge in edges[:NAMES_MAX]],
                 "capacity": _finite(_together(tree, level, edges)),
             }
-            for level, edges in by_level(placement)
+            for level, edges in by_level(dealt.binding)
         ],
         "level": tree.levels[result.level],
         "groups": [
@@ -374,8 +442,10 @@ def _json(topology_file: str, source: str, result: _Result) -> dict[str, Any]:
 
 def _figure(path: str) -> Any:
     """An empty figure, before anything that takes long."""
-    if Path(path).suffix not in PLOT_SUFFIXES:
+    if Path(path).suffix.lower() not in PLOT_SUFFIXES:
         raise click.BadParameter(f"{path} does not end in {', '.join(PLOT_SUFFIXES)}", param_hint="--plot")
+    if not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{path}: nothing can be written in {Path(path).parent}", param_hint="--plot")
     try:
         return importlib.import_module("matplotlib.figure").Figure(figsize=(10, 5), layout="constrained")
     except ImportError:

@@ -141,10 +141,13 @@ def _placement_text(record: dict[str, Any]) -> str:
     if not isinstance(planned, dict) or not isinstance(writers := planned.get("writers"), int):
         return ""
     text = count_text(writers, "writer")
-    makespan, bound, binding = (planned.get(name) for name in ("makespan_seconds", "bound_seconds", "binding"))
-    if isinstance(makespan, float) and isinstance(bound, float) and isinstance(binding, list):
+    makespan, bound, gap, binding = (planned.get(n) for n in ("makespan_seconds", "bound_seconds", "gap", "binding"))
+    if all(isinstance(number, float) for number in (makespan, bound, gap)) and isinstance(binding, list):
         edges = "; ".join(printable(str(name)[:EDGES_CHARACTERS_MAX]) for name in binding[:LEVELS_SHOWN_MAX])
-        text += f", planned to take {makespan:.3g} s; none takes less than {bound:.3g} s, for {edges}"
+        text += f", planned to take {makespan:.3g} s; none takes less than {bound:.3g} s, for {edges} (gap {gap:.2%})"
+    objects, seconds = planned.get("objects"), planned.get("object_seconds")
+    if isinstance(objects, int) and isinstance(seconds, float):
+        text += f"; {count_text(objects, 'object')}, {seconds:.3g} s to make"
     return text
 
 

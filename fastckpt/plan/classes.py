@@ -15,7 +15,11 @@ import numpy.typing as npt
 
 from fastckpt.format.families import Spread
 from fastckpt.format.tables import Chunks
-from fastckpt.plan.placement import Classes
+from fastckpt.plan.holdings import Holdings
+from fastckpt.plan.placement import Classes, starts_of
+
+CHUNKS_MAX = 2**18
+"""Of a class without a job: enough to tell plans apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +49,29 @@ def of_layout(chunks: Chunks, listed: Iterable[tuple[Sequence[int], int]], sprea
     return ChunkedClasses(
         Classes(
             np.concatenate([part.classes.bytes for part in parts]),
-            _starts(counts),
+            starts_of(counts),
             np.concatenate([part.classes.holders for part in parts]),
         ),
         np.concatenate([part.chunks for part in parts]),
         [(first + numbers, sizes) for first, part in zip(firsts, parts, strict=False) for numbers, sizes in part.alike],
+    )
+
+
+def of_holdings(held: Holdings, chunk_bytes: int) -> ChunkedClasses:
+    """As a save would see them: classes of several ranks, then those of one. Chunks are all of ``chunk_bytes``, but for
+    the last of a class; larger ones where a class would have more than ``CHUNKS_MAX``."""
+    alone = np.flatnonzero(held.fixed)
+    classes, shared = held.classes, len(held.classes.bytes)
+    sizes = np.concatenate([classes.bytes, held.fixed[alone]])
+    widths = np.concatenate([np.diff(classes.starts), np.ones(len(alone), np.intp)])
+    each = np.maximum(chunk_bytes, -(-sizes // CHUNKS_MAX))
+    kinds: dict[tuple[int, int], list[int]] = {}
+    for number, kind in enumerate(zip(sizes[:shared].tolist(), widths[:shared].tolist(), strict=True)):
+        kinds.setdefault(kind, []).append(number)
+    return ChunkedClasses(
+        Classes(sizes, starts_of(widths), np.concatenate([classes.holders, alone])),
+        -(-sizes // each),
+        [(np.array(numbers), _chunks(size, int(each[numbers[0]]))) for (size, _), numbers in kinds.items()],
     )
 
 
@@ -84,7 +106,7 @@ def _of_rows(rows: Sequence[tuple[Sequence[int], int, int, Sequence[int]]]) -> C
     return ChunkedClasses(
         Classes(
             np.array([size for _, size, _, _ in rows], np.int64),
-            _starts([len(ranks) for ranks in holders]),
+            starts_of([len(ranks) for ranks in holders]),
             np.concatenate([np.empty(0, np.intp), *holders]),
         ),
         np.array([count for _, _, count, _ in rows], np.int64),
@@ -108,5 +130,6 @@ def _of_family(spread: Spread) -> ChunkedClasses:
     )
 
 
-def _starts(counts: npt.ArrayLike) -> npt.NDArray[np.intp]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.intp)
+def _chunks(size: int, each: int) -> npt.NDArray[np.int64]:
+    whole, rest = divmod(size, each)
+    return np.array([each] * whole + [rest] * (rest > 0), np.int64)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastckpt.format.families import Spread
 from fastckpt.format.tables import Chunks
-from fastckpt.plan.placement import Classes
+from fastckpt.plan.placement import Classes, starts_of
 
 BYTES_MAX = 2**62
 """Of everything that is held, each replica counted once."""
@@ -97,19 +97,15 @@ def gather(ranks: int, parts: Sequence[Alike], fixed: npt.NDArray[np.int64] | No
     kinds = np.repeat([len(part.shards) for part, _ in shared], sets)
     classes = Classes(
         bytes=np.repeat(np.array([size for _, size in shared], np.int64), sets),
-        starts=_starts(widths),
+        starts=starts_of(widths),
         holders=np.concatenate([np.empty(0, np.intp), *(part.holders.ravel() for part, _ in shared)]),
     )
     shards = Shards(
-        starts=_starts(kinds),
+        starts=starts_of(kinds),
         bytes=_tiled([part.shards.keys() for part, _ in shared], sets),
         counts=_tiled([part.shards.values() for part, _ in shared], sets),
     )
     return Holdings(classes, shards, alone)
-
-
-def _starts(counts: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.intp)
 
 
 def _tiled(rows: Sequence[Iterable[int]], times: Sequence[int]) -> npt.NDArray[np.int64]:

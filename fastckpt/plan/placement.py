@@ -63,6 +63,11 @@ class Classes:
     """(starts[-1],) ranks, each once in a class, in the order in which they write consecutive bytes of it."""
 
 
+def starts_of(counts: npt.ArrayLike) -> Indices:
+    """Where rows of these lengths start, one after the other, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.intp)
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Bytes for each holder of each class, and how good that is."""

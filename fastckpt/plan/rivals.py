@@ -1,9 +1,11 @@
 """Placements that others would choose for the same bytes, to compare with ``placement.place``.
 
-Each gives shares as that does: for each holder of each class the bytes it writes. None looks at capacities.
+Most give shares as that does: for each holder of each class the bytes it writes. None looks at capacities.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,10 @@ from fastckpt.topology.topology import Tree
 Shares = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.intp]
 Chosen = npt.NDArray[np.bool_]
+Loads = npt.NDArray[np.int64]
+
+CROWDED = 1 / 8
+"""Of the supernodes that have writers, where they are crowded."""
 
 
 def first_replica(classes: Classes) -> Shares:
@@ -27,35 +33,16 @@ def even(classes: Classes) -> Shares:
     return _split(classes, np.full(len(classes.holders), True))
 
 
-def few_writers(classes: Classes, ranks_per_writer: int) -> Shares:
-    """Only every ``ranks_per_writer``-th rank writes, equally what it holds; what none of them holds is written by the
-    lowest rank that does."""
-    if ranks_per_writer < 1:
-        raise ValueError(f"ranks_per_writer={ranks_per_writer}: one writer serves one rank at least")
-    chosen = classes.holders % ranks_per_writer == 0
-    class_of = _class_of(classes)
-    without = np.bincount(class_of[chosen], minlength=len(classes.bytes)) == 0
-    return _split(classes, chosen | (without[class_of] & (classes.holders == _lowest(classes)[class_of])))
+def too_few(tree: Tree, held: Holdings, level: int) -> Loads:
+    """Bytes by rank where one rank behind each edge of ``level`` writes, all of them equally much. What they do not
+    hold they are given by others, at no cost."""
+    return _gathered(held, np.unique(_edges(tree, level), return_index=True)[1])
 
 
-def crowded(tree: Tree, classes: Classes, level: int) -> Shares:
-    """All in as few edges of ``level`` as hold it, each class equally by its holders in one of them.
-
-    Which edges is a set cover, found greedily: next comes the one behind which most bytes are held that the others do
-    not hold (Chvatal 1979), of equal ones the lowest.
-    """
-    *_, edges = (edges for _, edges in zip(range(level + 1), tree.edges_of_ranks(), strict=False))
-    class_of = _class_of(classes)
-    count = len(tree.capacities[level])
-    pairs = np.unique(class_of * count + edges[classes.holders])
-    held, edge = pairs // count, pairs % count
-    cover = np.full(len(classes.bytes), -1)
-    while len(held):
-        best = int(np.bincount(edge, classes.bytes[held], count).argmax())
-        cover[held[edge == best]] = best
-        open_ = cover[held] < 0
-        held, edge = held[open_], edge[open_]
-    return _split(classes, edges[classes.holders] == cover[class_of])
+def crowded(tree: Tree, held: Holdings, level: int) -> Loads:
+    """Bytes by rank where all ranks behind an eighth of the edges of ``level`` write, the first ones, all of them
+    equally much. What they do not hold they are given by others, at no cost."""
+    return _gathered(held, np.flatnonzero(_edges(tree, level) < len(tree.capacities[level]) * CROWDED))
 
 
 def whole_shards(holdings: Holdings) -> Shares:
@@ -76,9 +63,7 @@ def whole_shards(holdings: Holdings) -> Shares:
     return shares
 
 
-def _deal(
-    classes: Classes, dealt: Numbers, shards: Shards, which: Numbers, shares: Shares, loads: npt.NDArray[np.int64]
-) -> None:
+def _deal(classes: Classes, dealt: Numbers, shards: Shards, which: Numbers, shares: Shares, loads: Loads) -> None:
     """Deals shards of one size to the holders of the classes ``dealt``, which have no rank in common.
 
     One after the other to the least loaded is the same as this: of all loads that holders could come by in steps of the
@@ -127,6 +112,20 @@ def _turns(classes: Classes, ranks: int) -> Numbers:
         turns[number] = after[holders].max(initial=0)
         after[holders] = turns[number] + 1
     return turns
+
+
+def _edges(tree: Tree, level: int) -> Numbers:
+    """Of ``level``, by rank."""
+    *_, edges = itertools.islice(tree.edges_of_ranks(), level + 1)
+    return edges
+
+
+def _gathered(held: Holdings, writers: Numbers) -> Loads:
+    loads = np.zeros(held.ranks, np.int64)
+    each, over = divmod(held.bytes, len(writers))
+    loads[writers] = each
+    loads[writers[:over]] += 1
+    return loads
 
 
 def _split(classes: Classes, chosen: Chosen) -> Shares:

@@ -60,7 +60,8 @@ def save_and_restore(url: str) -> dict[str, str]:
             assert planned == pending.snapshot.environment["placement"]
             assert planned["writers"] == 4
             assert planned["binding"] == ["all 2 supernodes"]
-            assert planned["gap"] < 0.05
+            assert planned["gap"] == planned["makespan_seconds"] / planned["bound_seconds"] - 1 < 0.05
+            assert planned["objects"] == 16
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -80,7 +81,8 @@ def test_the_packs_of_a_save_hold_what_the_plan_gives_each_writer(tmp_path: Path
         assert abs(size - total * share) <= 0.005 * total + 2 * CHUNK_BYTES
     shown = CliRunner().invoke(commands, ["show", url]).output
     assert "placement    4 writers, planned to take" in shown
-    assert "all 2 supernodes" in shown
+    assert "all 2 supernodes (gap " in shown
+    assert "16 objects, 0.016 s to make" in shown
 
 
 def save_with(url: str, others: dict[int, Any]) -> str:

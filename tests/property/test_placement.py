@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.placement.exact import least_seconds
+from fastckpt.plan.classes import ChunkedClasses, of_sizes
+from fastckpt.plan.deal import NEAR, Dealer
 from fastckpt.plan.placement import Classes, Placement, cut_runs, makespan, place
 from fastckpt.topology.topology import Tree
 
@@ -172,7 +174,80 @@ def check_relabelling_ranks_never_changes_the_time(seed: int) -> None:
     assert after.makespan_seconds == pytest.approx(before.makespan_seconds, rel=1e-6, nan_ok=True)
 
 
+CHUNK = 4 * 2**20
+
+
+def large_job(seed: int) -> tuple[Tree, ChunkedClasses]:
+    """Up to five supernodes of up to eight nodes, of up to four ranks each, perhaps below gateways, and classes of up
+    to three thousand chunks; ranks are enough for not all to write."""
+    random = np.random.default_rng(seed)
+    supernodes = int(random.integers(1, 6))
+    nodes = random.integers(1, 9, supernodes)
+    counts = [np.full(nodes.sum(), random.integers(1, 5)), nodes]
+    if random.random() < 0.3:
+        counts.append(np.bincount(random.integers(0, 3, supernodes)))
+    counts.append(np.array([len(counts[-1])]))
+    parents = [np.repeat(np.arange(len(count)), count) for count in counts]
+    widths = [len(parents[0]), *map(len, counts)]
+    capacities = []
+    for level, width in enumerate(widths):
+        base = np.full(width, 10 ** random.uniform(8.5, 9.5) * 2.5**level)
+        if random.random() < 0.5:
+            base *= random.uniform(0.1, 2, width)
+        capacities.append(np.full(width, math.inf) if random.random() < 0.3 else base)
+    capacities[-1] = np.minimum(capacities[-1], 1e12)
+    names = tuple([str(edge) for edge in range(width)] for width in widths)
+    held = []
+    for _ in range(random.integers(1, 5)):
+        width = widths[0] if random.random() < 0.5 else int(random.integers(1, widths[0] + 1))
+        ranks = np.sort(random.choice(widths[0], width, replace=False))
+        held.append((ranks.tolist(), [CHUNK] * int(10 ** random.uniform(0, 3.5))))
+    return Tree(("rank", *LEVELS[1 : len(widths) - 1], "storage"), tuple(parents), tuple(capacities), names), of_sizes(
+        held
+    )
+
+
+def check_more_capacity_never_makes_a_dealt_plan_slower(seed: int) -> None:
+    """By more than the gap it is allowed, and one chunk for each run."""
+    tree, given = large_job(seed)
+    random = np.random.default_rng(seed)
+    more = replace(
+        tree,
+        capacities=tuple(
+            level * np.where(random.random(len(level)) < random.choice([0.3, 1.0]), random.uniform(1, 3), 1.0)
+            for level in tree.capacities
+        ),
+    )
+    before, after = Dealer(tree).deal(given), Dealer(more).deal(given)
+    runs = np.bincount(given.classes.holders, after.runs > 0, len(tree.capacities[0]))
+    assert after.bound_seconds <= before.makespan_seconds * (1 + 1e-9)
+    assert after.makespan_seconds <= before.makespan_seconds * (1 + NEAR + GAP_MAX) + makespan(more, CHUNK * runs)
+
+
+def check_a_dealt_plan_is_as_far_from_the_least_time_as_it_says(seed: int) -> None:
+    """Whoever of the holders writes, and however slow they have been."""
+    tree, given = large_job(seed)
+    random = np.random.default_rng(seed)
+    dealer = Dealer(tree, writers=[None, 1, 3][seed % 3])
+    dealer.rates.add(random.integers(5000, 5500, len(tree.capacities[0])).astype(np.uint16), tree.capacities[0])
+    dealt = dealer.deal(given)
+    counts = np.diff(given.classes.starts)
+    fixed = np.zeros(len(tree.capacities[0]), np.int64)
+    np.add.at(fixed, given.classes.holders[given.classes.starts[:-1][counts == 1]], given.classes.bytes[counts == 1])
+    classes = classes_of(
+        given.classes.bytes[counts > 1],
+        [given.classes.holders[slice(*given.classes.starts[[n, n + 1]])] for n in np.flatnonzero(counts > 1)],
+    )
+    least = least_seconds(tree, classes, fixed)
+    assert dealt.written.sum() == given.classes.bytes.sum()
+    assert dealt.makespan_seconds == pytest.approx(makespan(tree, dealt.written))
+    assert least * (1 - GAP_MAX) <= dealt.bound_seconds <= least * (1 + 1e-6)
+    assert dealt.gap == pytest.approx(dealt.makespan_seconds / dealt.bound_seconds - 1)
+
+
 CHECKS = [
+    check_more_capacity_never_makes_a_dealt_plan_slower,
+    check_a_dealt_plan_is_as_far_from_the_least_time_as_it_says,
     check_all_bytes_are_dealt_once_in_the_least_time,
     check_the_binding_cut_gives_the_bound,
     check_more_capacity_is_never_slower,
@@ -202,6 +277,20 @@ def test_more_capacity_is_never_slower(seed: int) -> None:
 @given(seeds)
 def test_relabelling_ranks_never_changes_the_time(seed: int) -> None:
     check_relabelling_ranks_never_changes_the_time(seed)
+
+
+@settings(max_examples=60)
+@example(633)
+@example(7000039)
+@given(seeds)
+def test_more_capacity_never_makes_a_dealt_plan_slower(seed: int) -> None:
+    check_more_capacity_never_makes_a_dealt_plan_slower(seed)
+
+
+@settings(max_examples=40)
+@given(seeds)
+def test_a_dealt_plan_is_as_far_from_the_least_time_as_it_says(seed: int) -> None:
+    check_a_dealt_plan_is_as_far_from_the_least_time_as_it_says(seed)
 
 
 @pytest.mark.soak
