@@ -58,6 +58,7 @@ from fastckpt.topology.host_list import expand_numbers
 from fastckpt.topology.lines import Path, line_of
 from fastckpt.topology.nearest import nearest
 from fastckpt.topology.plane import RANKS_MAX
+from fastckpt.topology.shown import shown
 
 TEXT_CHARACTERS_MAX: Final = 2**24
 CLASSES_MAX: Final = 2**22
@@ -155,7 +156,7 @@ class _Reader:
         axes += [axis for axis in _AXES if axis not in axes and sizes[axis] == 1]
         if sorted(axes) != sorted(_AXES):
             self._fail(
-                ("parallel", "order"), f'is {_shown(order)}: name tp, dp, pp and perhaps ep once each, "tp-ep-dp-pp"'
+                ("parallel", "order"), f'is {shown(order)}: name tp, dp, pp and perhaps ep once each, "tp-ep-dp-pp"'
             )
         return {axis: sizes[axis] for axis in axes}
 
@@ -342,7 +343,7 @@ class _Reader:
             return default
         value = table.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            given = "is missing" if value is None else f"is {_shown(value)}"
+            given = "is missing" if value is None else f"is {shown(value)}"
             self._fail((*path, name), f"{given}: give a whole number from {least} to {most}")
         return value
 
@@ -351,14 +352,14 @@ class _Reader:
         value = table.get(name)
         right = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or not right or not 1 <= value <= most or value != int(value):
-            given = "is missing" if value is None else f"is {_shown(value)}"
+            given = "is missing" if value is None else f"is {shown(value)}"
             self._fail((*path, name), f"{given}: give a number from 1 to {most:.0e}, like 70e9")
         return int(value)
 
     def _flag(self, table: Mapping[str, Any], path: Path, name: str) -> bool:
         value = table.get(name, False)
         if not isinstance(value, bool):
-            self._fail((*path, name), f"is {_shown(value)}: give true or false")
+            self._fail((*path, name), f"is {shown(value)}: give true or false")
         return value
 
     def _bytes_per_parameter(self, table: Mapping[str, Any], name: str) -> list[float]:
@@ -367,7 +368,7 @@ class _Reader:
         right = all(isinstance(size, int | float) and not isinstance(size, bool) and 0 < size <= 1024 for size in sizes)
         if not right or len(sizes) > TENSORS_MAX:
             what = f"give bytes for each parameter, or a list of up to {TENSORS_MAX} such numbers, like [2, 4, 4, 4]"
-            self._fail(("state", name), f"is {_shown(value)}: {what}")
+            self._fail(("state", name), f"is {shown(value)}: {what}")
         return sizes
 
     def _bytes(self, table: Mapping[str, Any], path: Path) -> int:
@@ -379,7 +380,7 @@ class _Reader:
             whole, part, unit = match.groups()
             size = int(f"{whole}{part or ''}") * _UNITS[unit] // 10 ** len(part or "")
         if not 0 <= size <= BYTES_MAX:
-            given = "is missing" if value is None else f"is {_shown(value)}"
+            given = "is missing" if value is None else f"is {shown(value)}"
             self._fail(path, f'{given}: give bytes up to 2^62, or a text like "8 MB" or "1.5 GiB"')
         return size
 
@@ -403,10 +404,3 @@ def _add(tensors: _Tensors, more: _Tensors, times: int) -> None:
 
 def _ceil(number: int, parts: int) -> int:
     return -(-number // parts)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**20:  # printing it may not be allowed
-        return "a number beyond 10^20"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""No parser of the format fails on any of a million inputs: each raises ``FormatError``, or returns what encodes to the
+"""No parser of the format fails on any of some million inputs: each raises ``FormatError``, or returns what encodes to the
 very same bytes, in bounded memory and time.
 """
 
@@ -10,14 +10,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RUNS = 1_000_000
-MANIFESTS = ("layout", "part", "index", "decision")
+MANIFESTS = ("layout", "part", "roll", "index", "decision")
 PARSERS = ("value", *MANIFESTS, "footer", "FORMAT")
+RUNS = dict.fromkeys(PARSERS, 1_000_000) | {"layout": 400_000, "roll": 400_000}
+"""Layouts take longest: families that are right are checked to the end."""
 PROCESSES = 2
 SECONDS_MAX = 1500
 """For a million inputs; a third of a minute on a core that does nothing else."""
@@ -57,19 +59,19 @@ def fuzz(parser: str, runs: int, seed: int, artifacts: Path) -> str:
     return "\n".join([f"{parser} ended with {result.returncode}", said, *inputs, again])
 
 
-def fuzz_all(parsers: tuple[str, ...], runs: int, seed: int, artifacts: Path) -> None:
+def fuzz_all(runs: Mapping[str, int], seed: int, artifacts: Path) -> None:
     with concurrent.futures.ThreadPoolExecutor(PROCESSES) as executor:
-        failures = executor.map(lambda parser: fuzz(parser, runs, seed, artifacts), parsers)
+        failures = executor.map(lambda parser: fuzz(parser, runs[parser], seed, artifacts), runs)
         assert not (found := [failure for failure in failures if failure]), "\n\n".join(found)
 
 
 @pytest.mark.timeout(3600)
-def test_no_parser_fails_on_any_of_a_million_inputs(seed: int, tmp_path: Path) -> None:
-    fuzz_all(PARSERS, RUNS, seed % 2**31 or 1, tmp_path)
+def test_no_parser_fails_on_any_of_some_million_inputs(seed: int, tmp_path: Path) -> None:
+    fuzz_all(RUNS, seed % 2**31 or 1, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(24 * 3600)
 def test_no_parser_of_manifests_fails_on_any_of_forty_million_inputs(seed: int, tmp_path: Path) -> None:
     for number in range(int(os.environ.get("SOAK_ROUNDS", "20"))):
-        fuzz_all(MANIFESTS, SOAK_RUNS, (seed + number) % 2**31 or 1, tmp_path)
+        fuzz_all(dict.fromkeys(MANIFESTS, SOAK_RUNS), (seed + number) % 2**31 or 1, tmp_path)

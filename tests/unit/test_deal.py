@@ -142,8 +142,8 @@ def test_with_faster_ranks_a_plan_is_not_slower_for_having_fewer_writers() -> No
 
 def test_of_as_many_chunks_as_writers_each_gets_one() -> None:
     sizes = [4 * MIB] * 7 + [3 * MIB]
-    pairs = [(range(8 * number, 8 * number + 8), sizes) for number in range(2)]
-    assert sorted(written(Dealer(flat(16)), *pairs)) == [3 * MIB] * 2 + [4 * MIB] * 14
+    pairs = [(range(8 * number, 8 * number + 8), sizes) for number in range(4)]
+    assert sorted(written(Dealer(flat(32), writers=8), *pairs)) == [3 * MIB] * 4 + [4 * MIB] * 28
 
 
 def test_classes_of_one_writer_take_turns_behind_equal_edges() -> None:

@@ -74,7 +74,7 @@ class MissesAnswer:
     def __init__(self, group: Group, name: str) -> None:
         self._group = group
         self._name = name
-        self.rank, self.size, self.nodes = group.rank, group.size, group.nodes
+        self.rank, self.size, self.nodes, self.host = group.rank, group.size, group.nodes, group.host
 
     def exchange(
         self, name: str, reply: Reply, decide: Decide, *, members: Sequence[int], until: Deadline, what: str
