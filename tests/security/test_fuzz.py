@@ -1,5 +1,5 @@
-"""No parser of the format fails on any of some million inputs: each raises ``FormatError``, or returns what encodes to the
-very same bytes, in bounded memory and time.
+"""No parser of the format fails on any of some million inputs: each raises ``FormatError``, or returns what encodes to
+the very same bytes, in bounded memory and time.
 """
 
 from __future__ import annotations
