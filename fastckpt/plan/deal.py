@@ -2,7 +2,8 @@
 
 prove     bytes for every holder (``placement``), by what the topology says they can carry: the bound that no plan beats
 choose    enough writers, and no more than their objects are worth, in proportion to what leaves by each edge
-(``writers``) place     bytes for each of them, less for ranks that were slow in the last saves (``rates``)
+          (``writers``)
+place     bytes for each of them, less for ranks that were slow in the last saves (``rates``)
 cut       the class's chunks into one run for each, at chunk boundaries
 
 The coordinator deals, and publishes the runs: one number for each writer of a class.
