@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -35,6 +36,15 @@ from fastckpt.trace import Trace
 log = logging.getLogger("fastckpt")
 
 T = TypeVar("T")
+
+
+class _Asked(msgspec.Struct, array_like=True, frozen=True):
+    """What a rank wants to restore."""
+
+    what: str
+    topology: Offer
+    """Where nodes read for each other: of their ways to the storage."""
+
 
 _ALL = Selection()
 REPORT_SHARE = 0.1
@@ -61,6 +71,9 @@ class Restores:
         self._read_fanout = read_fanout
         self._topology = topology or Given(None)
         self._job: JobFanout | None = None
+        """Of the restore under way."""
+        self._ending = contextlib.ExitStack()
+        """What is left until all ranks have ended a restore."""
         self._count = 0
 
     def choose(
@@ -80,15 +93,19 @@ class Restores:
         reading the snapshot is recorded."""
 
         found: Snapshot | None = None
+        tree: Tree | None = None
 
         def decide(replies: Mapping[int, bytes]) -> bytes:
-            nonlocal found
-            if len(set(replies.values())) > 1:
-                each = [f"rank {rank}: {reply.decode()}" for rank, reply in sorted(replies.items())[:8]]
+            nonlocal found, tree
+            said = {rank: msgspec.msgpack.decode(replies[rank], type=_Asked) for rank in sorted(replies)}
+            if len({one.what for one in said.values()}) > 1:
+                each = [f"rank {rank}: {one.what}" for rank, one in [*said.items()][:8]]
                 raise ValueError(
                     f"ranks ask for different steps: {'; '.join(each)}. Every rank asks for the same step, or for "
                     "none, by the same policy, and with the same Options.read_fanout"
                 )
+            if self._is_fanned_out:
+                tree = agree([one.topology for one in said.values()], self._topology.known, self._group.nodes).tree()
             if not repository.exists(self._store):
                 return msgspec.msgpack.encode(None)
             found = repository.Repository(self._store).choose(
@@ -98,37 +115,29 @@ class Restores:
 
         self._count += 1
         asked = f"{step}, or an earlier one" if or_earlier else str(step)
+        topology = Offer("")
         if self._read_fanout == "job":
             asked += ", read once by the job"
+        if self._is_fanned_out:
+            topology = self._topology.offer(socket.gethostname())
         try:
-            answer = self._ask("choose", problem or asked.encode(), decide, self._seconds_max)
-            live = msgspec.msgpack.decode(answer, type=Live | None)
-            if live is None:
-                return None
-            self._agree_on_topology()
+            with self._topology.agreeing():
+                line = problem or msgspec.msgpack.encode(_Asked(asked, topology))
+                answer = self._ask("choose", line, decide, self._seconds_max)
         except (RankFailed, CommitTimeout) as error:
             raise (problem or _as_restore_error(error)) from error
+        self._job = JobFanout(self._assembly, tree, self._ending) if self._is_fanned_out else None
+        live = msgspec.msgpack.decode(answer, type=Live | None)
+        if live is None:
+            return None
         snapshot = found or Snapshot(self._store, live)  # the coordinator has read some of it already
         snapshot.trace = trace or snapshot.trace
         return snapshot
 
-    def _agree_on_topology(self) -> None:
-        """Where each byte is to be read once in the job: once, for all restores to come. ``TopologyError`` on every
-        rank, naming those that disagree or have none to give."""
-        if self._read_fanout == "node" or self._job is not None or len(self._assembly.leaders) == 1:
-            return
-        tree: Tree | None = None
-
-        def decide(replies: Mapping[int, bytes]) -> bytes:
-            nonlocal tree
-            offers = [msgspec.msgpack.decode(replies[rank], type=Offer) for rank in sorted(replies)]
-            tree = agree(offers, self._topology.known, self._group.nodes).tree()
-            return b""
-
-        own = msgspec.msgpack.encode(self._topology.offer(socket.gethostname()))
-        with self._topology.agreeing():
-            self._ask("topology", own, decide, self._seconds_max)
-        self._job = JobFanout(self._assembly, tree)
+    @property
+    def _is_fanned_out(self) -> bool:
+        """Whether nodes read for each other."""
+        return self._read_fanout == "job" and len(self._assembly.leaders) > 1
 
     def all_fit(self, snapshot: Snapshot, selection: Selection, find: Callable[[], tuple[T, Fit]]) -> T:
         """What ``find`` finds to do on each rank, and how the snapshot fits there; ``StateMismatch`` on every rank if,
@@ -156,7 +165,8 @@ class Restores:
 
     def all_read(self, read: Callable[[], None]) -> None:
         """Runs ``read`` on every rank; if it raises on any, all raise."""
-        self._all_do("read", read, lambda _: b"", lambda _: b"")
+        with self._ending:
+            self._all_do("read", read, lambda _: b"", lambda _: b"")
 
     def _all_do(
         self,
@@ -166,6 +176,7 @@ class Restores:
         judge: Callable[[Mapping[int, bytes]], bytes],
     ) -> T:
         """Runs ``run`` on every rank; if it raises on any, or ``judge`` does on the coordinator, all raise."""
+        start = time.monotonic()
         result: T | None = None
         failure: Exception | None = None
         line: Reply
@@ -179,9 +190,10 @@ class Restores:
         # What this rank waited for in vain, it need not wait for as long again; and what went wrong, if it is not just
         # lost, the other rank says: once all have come to the end, also those of other nodes that know of nothing.
         late = isinstance(failure, CommitTimeout) and not isinstance(failure, PeerGaveUp)
+        left = self._seconds_max - (time.monotonic() - start)
         own = None if isinstance(failure, CommitTimeout) else failure
         try:
-            self._ask(name, line, judge, self._seconds_max * (REPORT_SHARE if late else 1))
+            self._ask(name, line, judge, max(self._seconds_max * REPORT_SHARE, left) if late else self._seconds_max)
         except (RankFailed, CommitTimeout) as error:
             # Ranks must draw the same conclusion: that the snapshot is damaged, only if that is all that happened.
             failures = error.failures.values() if isinstance(error, RankFailed) else ()

@@ -71,13 +71,15 @@ def _host(store: Any) -> str:
         store = store.underlying_store
     if not hasattr(store, "host"):  # a store of files
         return socket.gethostname()
+    found: list[Any] = []
     with contextlib.suppress(OSError):
-        for family, kind, protocol, _, address in socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe:  # nothing is sent
-                probe.connect(address)
-                own: str = probe.getsockname()[0]
-            return store.host if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
-    return str(store.host)
+        found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:  # nothing is sent
+            probe.connect(address)
+            own: str = probe.getsockname()[0]
+            return str(store.host) if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
+    return socket.gethostname()
 
 
 class StoreKeyValue:

@@ -172,10 +172,10 @@ def plan_node(
     if not portions:
         return plan_relay(by_rank, sizes)
     elsewhere = _united([np.array(portion.runs, np.int64) for portion in portions])
-    rest = {
-        rank: Wanted(_without(one.runs, elsewhere).astype("<u4").tobytes(), one.raw_bytes)
-        for rank, one in by_rank.items()
-    }
+    rest = {}
+    for rank, one in by_rank.items():
+        numbers = _numbers(_without(one.runs, elsewhere))
+        rest[rank] = wanted(numbers, sum(sizes(numbers)))
     return portions + plan_relay(rest, sizes)
 
 

@@ -177,6 +177,10 @@ class Relay(Protocol):
     def finished(self) -> bool:
         """Whether nothing more will come, and others have what this rank read for them."""
 
+    @property
+    def progress(self) -> int:
+        """Changes whenever others have taken something that they wait for, and no worker here had a part in it."""
+
     def publish(self, task: Passing) -> None:
         """The raw bytes of its chunks are in its buffer, as ``raw_views`` has them, and verified."""
 
@@ -212,6 +216,7 @@ class ChunkReader:
         self._idle_seconds = 0.0
         """For how long no worker has had anything to do."""
         self._looked = 0.0
+        self._progress = 0
 
     def read(self, chunks: Iterable[PlacedChunk], relay: Relay | None = None) -> None:
         """Reads ``chunks``, and does what ``relay`` has to do, on ``READ_THREADS`` threads; each has a buffer of
@@ -325,8 +330,9 @@ class ChunkReader:
 
     def _check_idle(self, relay: Relay) -> None:
         now = time.monotonic()
+        is_busy, self._progress = self._at_work or relay.progress != self._progress, relay.progress
         # No more than a moment each time: while this process was stopped, it could not see what others did.
-        self._idle_seconds = 0.0 if self._at_work else self._idle_seconds + min(now - self._looked, _MOMENT_SECONDS)
+        self._idle_seconds = 0.0 if is_busy else self._idle_seconds + min(now - self._looked, _MOMENT_SECONDS)
         self._looked = now
         if self._idle_seconds > relay.seconds_max:
             relay.raise_late()

@@ -6,14 +6,16 @@ pass   a rank reads its runs for all these nodes; of each other node one rank fe
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from fastckpt.errors import RestoreError
 from fastckpt.group import Assembly, Deadline, Reply, checked
-from fastckpt.plan.relay_plan import Fanout, Sizes, Wanted, all_wanted, plan_fanout
+from fastckpt.plan.relay_plan import Fanout, Portion, Sizes, Wanted, all_wanted, plan_fanout
 from fastckpt.repository.peers import TOKEN_BYTES, Client, RunName, Server
 from fastckpt.topology.topology import Tree
 
@@ -31,11 +33,44 @@ class _NodeLine(msgspec.Struct, array_like=True, frozen=True):
 
 
 class FanoutAnswer(msgspec.Struct, array_like=True, frozen=True):
+    """What the coordinator tells all leaders."""
+
     fanout: Fanout = Fanout([], [])
     addresses: dict[int, Address] = {}
     """Of the ranks that read for other nodes."""
     token: bytes = b""
     problem: str = ""
+
+
+class NodeFanout(msgspec.Struct, array_like=True, frozen=True):
+    """What of it the ranks of one node need."""
+
+    others: list[tuple[int, ...]] = []
+    """Sets of other nodes for which something is read here."""
+    carried: dict[int, int] = {}
+    """For each portion that is read here for other nodes, by its position in ``Fanout.carried``, which of these."""
+    addresses: dict[int, Address] = {}
+    """Of the ranks from which something is fetched here."""
+    token: bytes = b""
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.carried or self.addresses)
+
+
+def for_node(answer: FanoutAnswer, node: int, portions: Iterable[Portion]) -> NodeFanout:
+    """``portions``: of this node."""
+    places: dict[int, int] = {}
+    carried = {}
+    addresses = {}
+    for portion in portions:
+        if portion.source >= 0:
+            addresses[portion.source] = answer.addresses[portion.source]
+        elif portion.carried >= 0:
+            nodes = answer.fanout.carried[portion.carried].nodes
+            carried[portion.carried] = places.setdefault(nodes, len(places))
+    others = [tuple(other for other in answer.fanout.nodes[nodes] if other != node) for nodes in places]
+    return NodeFanout(others, carried, addresses, answer.token)
 
 
 @dataclass(frozen=True)
@@ -45,6 +80,8 @@ class JobFanout:
     assembly: Assembly
     tree: Tree | None
     """By which ranks reach the storage; on the coordinator."""
+    ending: contextlib.ExitStack
+    """What outlasts the reading, until all ranks have ended theirs: a rank that has failed still answers."""
 
     @property
     def node(self) -> int:
@@ -93,23 +130,19 @@ class FanoutEnd:
     """One rank's end of what nodes pass to each other in a restore. Any thread may call."""
 
     def __init__(
-        self,
-        job: JobFanout,
-        answer: FanoutAnswer,
-        server: Server,
-        read: Iterable[RunName],
-        sources: Iterable[int],
-        seconds_max: float,
+        self, job: JobFanout, answer: NodeFanout, server: Server, read: Iterable[RunName], seconds_max: float
     ) -> None:
-        """``read``: the runs that this rank reads for other nodes. ``sources``: the ranks that it fetches from."""
+        """``read``: the runs that this rank reads for other nodes. ``RestoreError`` if no thread is to be had."""
         self._ranks = job.ranks_of_nodes()
-        fanout = answer.fanout
-        others = [frozenset(nodes) - {job.node} for nodes in fanout.nodes]
-        self._others = {name: others[fanout.carried[name.portion].nodes] for name in read}
+        self._others = {name: answer.others[answer.carried[name.portion]] for name in read}
         self._server = server
-        self._server.start(answer.token, self._others.values())
-        addresses = {rank: answer.addresses[rank] for rank in sources}
-        self._client = Client(addresses, answer.token, job.assembly.group.rank, job.node, seconds_max)
+        self._client = Client(answer.addresses, answer.token, job.assembly.group.rank, job.node, seconds_max)
+        try:
+            self._server.start(answer.token, self._others.values())
+        except RuntimeError as error:
+            raise RestoreError(
+                f"cannot serve other nodes: {error}; raise the limits that the job runs under"
+            ) from error
 
     def publish(self, name: RunName, views: Sequence[memoryview]) -> None:
         """A run has been read: the other nodes may fetch it from these buffers, until ``is_out``."""
@@ -132,14 +165,21 @@ class FanoutEnd:
         """``CommitTimeout`` if a rank that has yet to fetch something here was lost, or has given up."""
         self._server.check()
 
+    @property
+    def answers(self) -> int:
+        """Runs that were given away so far."""
+        return self._server.answers
+
     def late_ranks(self) -> list[int]:
-        """Of the nodes that have not fetched what is there for them."""
-        return [rank for node in self._server.late_nodes for rank in self._ranks[node]]
+        """Who has not fetched what is there: of each such node the rank that asked for runs, or all if none did."""
+        late = self._server.late.items()
+        return [rank for node, asked in late for rank in (self._ranks[node] if asked is None else [asked])]
 
     def give_up(self, blamed: int) -> None:
         """Tells the others that nothing more will come or be fetched, because of a rank."""
         self._server.give_up(blamed)
-        self._client.close(blamed)
+        self._client.give_up(blamed)
 
     def close(self) -> None:
+        """All is fetched."""
         self._client.close()

@@ -2,8 +2,9 @@
 
 A rank that reads for other nodes listens; whoever wants a run of it connects, shows the token of this restore, and asks
 for one run after the other. An answer comes when the run has been read; until then a sign of life comes every
-``BEAT_SECONDS``, so that a reader that waits for others is told from one that is lost. Who gives up says so to all that
-are connected to it, and whom it blames.
+``BEAT_SECONDS``, so that a process that waits is told from one that is lost. Who gives up says so to all with whom it
+exchanges anything, and whom it blames; who has all that it wants says that too. A connection that ends otherwise is a
+rank that is lost.
 
 Nothing that comes over the network is believed: whoever fetches a run verifies it like one that it has read.
 """
@@ -11,6 +12,7 @@ Nothing that comes over the network is believed: whoever fetches a run verifies 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import socket
 import struct
@@ -19,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fastckpt.errors import CommitTimeout
+from fastckpt.errors import CommitTimeout, RestoreError
 from fastckpt.group import gave_up
 
 BEAT_SECONDS = 1.0
@@ -27,14 +29,18 @@ CONNECT_SECONDS = 20.0
 """A refusal comes at once; silence is a firewall, or a node that is gone."""
 BACKLOG = 1024
 """Ranks that may connect before they are let in; all of a large job come at once."""
+STRANGERS_MAX = 4096
+"""Connections that have not shown the token; beyond that, new ones are refused."""
+PAUSE_SECONDS = 0.05
 TOKEN_BYTES = 16
 
 _HELLO = struct.Struct(f"<{TOKEN_BYTES}sII")  # token, rank, node
 _ASK = struct.Struct("<II")
-"""A ``RunName``; or ``_GAVE_UP`` and a rank."""
+"""A ``RunName``; or ``_GAVE_UP`` and a rank; or ``_DONE``."""
 _ANSWER = struct.Struct("<BI")
 _BEAT, _BYTES, _BLAMED = range(3)
-_GAVE_UP = 2**32 - 1
+_GAVE_UP, _DONE = 2**32 - 1, 2**32 - 2
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class RunName(NamedTuple):
@@ -76,6 +82,11 @@ class Server:
         self._blamed: int | None = None
         self._lost: CommitTimeout | None = None
         self._connections: set[socket.socket] = set()
+        self._strangers = 0
+        self._asked: dict[int, int] = {}
+        """The rank of each node that asked last."""
+        self.answers = 0
+        """Runs that were given away."""
         self._closed = False
 
     def start(self, token: bytes, expected: Iterable[Iterable[int]]) -> None:
@@ -102,10 +113,11 @@ class Server:
             return not any(self._left.values())
 
     @property
-    def late_nodes(self) -> list[int]:
-        """Those that have not fetched what is there for them."""
+    def late(self) -> dict[int, int | None]:
+        """The nodes that have not fetched what is there for them, with the rank that asked for runs there, if any."""
         with self._changed:
-            return sorted({node for waiting in self._published.values() for node in waiting.nodes})
+            nodes = {node for waiting in self._published.values() for node in waiting.nodes}
+            return {node: self._asked.get(node) for node in sorted(nodes)}
 
     def check(self) -> None:
         """``CommitTimeout`` if a rank that has yet to fetch something was lost, or has given up."""
@@ -116,7 +128,7 @@ class Server:
     def give_up(self, blamed: int) -> None:
         """Tells all who ask that nothing more will come, since rank ``blamed`` does not go on."""
         with self._changed:
-            self._blamed = blamed
+            self._blamed = blamed if self._blamed is None else self._blamed
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -125,34 +137,53 @@ class Server:
             self._closed = True
             self._changed.notify_all()
             connections = list(self._connections)
-        _close(self._listener)
+        _shut(self._listener)
+        self._listener.close()
         for connection in connections:
-            _close(connection)
+            _shut(connection)
         with self._changed:
-            self._changed.wait_for(lambda: not self._connections, self._seconds_max)
+            self._changed.wait_for(lambda: not self._connections, CONNECT_SECONDS)
 
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError:  # closed; or there are no descriptors at the moment, or who connected is gone already
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closed, PAUSE_SECONDS):
+                        return
+                continue
             with self._changed:
-                if not self._closed:
+                is_welcome = not self._closed and self._strangers < STRANGERS_MAX
+                if is_welcome:
                     self._connections.add(connection)
-            if connection not in self._connections:
-                _close(connection)
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="fastckpt-fanout", daemon=True).start()
+                    self._strangers += 1
+                    self._changed.notify_all()
+            try:
+                if is_welcome:
+                    serving = threading.Thread(
+                        target=self._serve, args=(connection,), name="fastckpt-fanout", daemon=True
+                    )
+                    serving.start()
+                    continue
+            except RuntimeError:  # no thread is to be had
+                with self._changed:
+                    self._connections.discard(connection)
+                    self._strangers -= 1
+            connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         rank = node = -1
         try:
-            connection.settimeout(CONNECT_SECONDS)
-            token, rank, node = _HELLO.unpack(_received(connection, _HELLO.size))
-            if not hmac.compare_digest(token, self._token):
-                rank = node = -1
-                return
+            try:
+                connection.settimeout(CONNECT_SECONDS)
+                token, rank, node = _HELLO.unpack(_received(connection, _HELLO.size))
+                if not hmac.compare_digest(token, self._token):
+                    rank = node = -1
+                    return
+            finally:
+                with self._changed:
+                    self._strangers -= 1
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while True:
                 connection.settimeout(None)  # between two runs it may have to wait for ranks of its own node
@@ -161,13 +192,17 @@ class Server:
                 if position == _GAVE_UP:
                     self._lose(node, gave_up(rank, portion, self._rank))
                     return
+                if position == _DONE:
+                    return
+                with self._changed:
+                    self._asked[node] = rank
                 if not self._answer(connection, RunName(position, portion), node):
                     return
         except (OSError, EOFError) as error:
             self._lose(node, _last_words(connection, rank, self._rank, error))
         finally:
-            connection.close()
             with self._changed:
+                connection.close()
                 self._connections.discard(connection)
                 self._changed.notify_all()
 
@@ -193,6 +228,7 @@ class Server:
         with self._changed:
             waiting.nodes.discard(node)
             self._left[node] -= 1
+            self.answers += 1
             if not waiting.nodes:
                 self._published.pop(name, None)
             self._changed.notify_all()
@@ -219,11 +255,14 @@ class Client:
         self._lock = threading.Lock()
         self._idle: dict[int, list[socket.socket]] = {}
         self._open: set[socket.socket] = set()
+        self._known: set[int] = set()
+        """Readers that have heard of this rank."""
         self._closed = False
 
     def fetch(self, reader: int, name: RunName, views: Sequence[memoryview]) -> None:
         """Fills the buffers with the bytes of a run. ``CommitTimeout`` naming the rank that is lost, or that keeps the
-        others from going on."""
+        others from going on; ``RestoreError`` if this process may open no more connections."""
+        connection: socket.socket | None = None
         try:
             connection = self._connection(reader)
             connection.sendall(_ASK.pack(*name))
@@ -237,24 +276,32 @@ class Client:
                 raise OSError("it does not speak as it should")
             for view in views:
                 _receive_into(connection, view)
-        except (OSError, EOFError) as error:
+        except BaseException as error:
+            if connection is not None:
+                with self._lock:
+                    self._open.discard(connection)
+                    connection.close()
+            if not isinstance(error, OSError | EOFError):
+                raise
             host, port = self._addresses[reader]
+            what = f"rank {self._rank} cannot fetch from rank {reader}, at {host} port {port}: {error or 'no answer'}"
+            if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
+                raise RestoreError(f"{what}. Raise the limits that the job runs under") from error
             raise CommitTimeout(
-                f"rank {self._rank} cannot fetch from rank {reader}, at {host} port {port}: {error or 'no answer'}. "
-                f"If rank {reader} is not lost, ranks of these nodes may not connect to each other; then use "
+                f"{what}. If rank {reader} is not lost, ranks of these nodes may not connect to each other; then use "
                 "Options(read_fanout='node')",
                 [reader],
             ) from error
         with self._lock:
-            if not self._closed:
-                self._idle.setdefault(reader, []).append(connection)
+            self._idle.setdefault(reader, []).append(connection)
 
     def _connection(self, reader: int) -> socket.socket:
         with self._lock:
             self._check_open()
             if idle := self._idle.get(reader):
                 return idle.pop()
-        connection = socket.create_connection(self._addresses[reader], min(CONNECT_SECONDS, self._seconds_max))
+        connection = self._connected(reader, min(CONNECT_SECONDS, self._seconds_max))
+        connection.settimeout(self._seconds_max)
         try:
             with self._lock:
                 self._check_open()
@@ -262,41 +309,73 @@ class Client:
         except OSError:
             connection.close()
             raise
-        connection.settimeout(self._seconds_max)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(self._hello)
+        return connection
+
+    def _connected(self, reader: int, seconds_max: float) -> socket.socket:
+        connection = socket.create_connection(self._addresses[reader], seconds_max)
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(self._hello)
+        except OSError:
+            connection.close()
+            raise
+        with self._lock:
+            self._known.add(reader)
         return connection
 
     def _check_open(self) -> None:
         if self._closed:
             raise OSError("nothing is fetched any more")
 
-    def close(self, blamed: int | None = None) -> None:
-        """Ends all connections; ``fetch`` fails where it is under way. ``blamed``: the rank because of which nothing
-        more will be fetched, for the others to hear."""
+    def close(self) -> None:
+        """All is fetched: ends all connections. ``fetch`` fails where it is under way."""
+        self._end(_ASK.pack(_DONE, 0))
+
+    def give_up(self, blamed: int) -> None:
+        """Tells all ranks that this one fetches from that it fetches nothing more, because of rank ``blamed``, and ends
+        all connections."""
+        last = _ASK.pack(_GAVE_UP, blamed)
+        self._end(last)
+        with self._lock:
+            others = [reader for reader in self._addresses if reader not in self._known]
+            self._known.update(others)
+
+        def tell() -> None:
+            for reader in others:
+                with contextlib.suppress(OSError), self._connected(reader, BEAT_SECONDS) as connection:
+                    connection.sendall(last)
+
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: they hear of it when all ranks do
+            threading.Thread(target=tell, name="fastckpt-fanout", daemon=True).start()
+
+    def _end(self, last: bytes) -> None:
         with self._lock:
             self._closed = True
-            connections = list(self._open)
-        for connection in connections:
-            if blamed is not None:
+            idle = {connection for connections in self._idle.values() for connection in connections}
+            self._idle.clear()
+            for connection in self._open:
                 with contextlib.suppress(OSError):
-                    connection.sendall(_ASK.pack(_GAVE_UP, blamed))  # also where an answer is being waited for
-            _close(connection)
+                    connection.sendall(last)  # also where an answer is being waited for
+                _shut(connection)
+            for connection in idle:  # of the others, who fetches is the owner
+                connection.close()
+            self._open -= idle
 
 
 def _last_words(connection: socket.socket, rank: int, own: int, error: Exception) -> CommitTimeout:
     """What a rank said before its connection broke, while it was being answered."""
     with contextlib.suppress(OSError, struct.error):
-        position, blamed = _ASK.unpack(connection.recv(_ASK.size, socket.MSG_DONTWAIT))
+        connection.settimeout(0)
+        position, blamed = _ASK.unpack(connection.recv(_ASK.size))
         if position == _GAVE_UP:
             return gave_up(rank, blamed, own)
     return CommitTimeout(f"rank {rank} was lost while it fetched what this rank read: {error}", [rank])
 
 
-def _close(connection: socket.socket) -> None:
+def _shut(connection: socket.socket) -> None:
+    """Wakes who waits for it. Whose it is closes it: its number may be another file's as soon as that is done."""
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for it
-    connection.close()
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _received(connection: socket.socket, count: int) -> bytes:

@@ -31,7 +31,7 @@ from fastckpt.group import Deadline, Group, PeerGaveUp, Reply, checked, gave_up,
 from fastckpt.plan.relay_plan import Portion, Wanted, plan_node, wanted
 from fastckpt.plan.restore_plan import ChunkRead, Want
 from fastckpt.repository.chunk_reader import Fetch, Passed, Passing, PlacedChunk, Run, runs_of
-from fastckpt.repository.fanout import Address, FanoutAnswer, FanoutEnd, JobFanout, node_line
+from fastckpt.repository.fanout import Address, FanoutAnswer, FanoutEnd, JobFanout, NodeFanout, for_node, node_line
 from fastckpt.repository.peers import RunName, Server
 from fastckpt.repository.reader import Snapshot
 from fastckpt.repository.slots import BEAT, FINISHED, GAVE_UP, SLOTS, Memory, Shape, Where, mapped, own_memory
@@ -61,7 +61,7 @@ class _Answer(msgspec.Struct, array_like=True, frozen=True):
     memories: dict[int, Where]
     problem: str
     """Why the ranks of the node cannot share, if so."""
-    job: FanoutAnswer
+    fanout: NodeFanout
 
 
 class _Turn(NamedTuple):
@@ -178,7 +178,9 @@ class NodeRelay:
     def _is_out(self, slot: int) -> bool:
         """Whether other nodes have all that they want of what is in a slot."""
         turn = self._in_slot[slot]
-        return turn is None or turn.name is None or self._fanout is None or self._fanout.is_out(turn.name)
+        if turn is None or turn.name is None or turn.portion.source >= 0 or self._fanout is None:
+            return True
+        return self._fanout.is_out(turn.name)
 
     @property
     def all_fetched(self) -> bool:
@@ -186,9 +188,20 @@ class NodeRelay:
 
     @property
     def finished(self) -> bool:
-        if self._to_read or self._to_fetch or any(self._expected.values()):
+        # As long as a fetch is under way somebody has to hear of those that give up.
+        if self._to_read or self._to_fetch or self._fetching or any(self._expected.values()):
             return False
         return self._fanout is None or self._fanout.finished
+
+    @property
+    def _fetching(self) -> list[_Turn]:
+        """The runs that are being fetched."""
+        slots = range(self._shape.reading_slots, self._shape.slots)
+        return [turn for slot in slots if (turn := self._in_slot[slot]) is not None and self._in_use[slot]]
+
+    @property
+    def progress(self) -> int:
+        return 0 if self._fanout is None else self._fanout.answers
 
     # Between the bytes of a slot and a word about them, each side gives and takes a lock, the interpreter's at least:
     # that orders them for other processors too.
@@ -214,20 +227,26 @@ class NodeRelay:
         awaited = {rank for rank, expected in self._expected.items() if expected}
         awaited |= {rank for slot in range(self._shape.slots) for rank in self._not_taken(slot)}
         if self._fanout is not None:
-            awaited |= set(self._fanout.late_ranks())
+            awaited |= {turn.portion.source for turn in self._fetching} | set(self._fanout.late_ranks())
         raise missing_ranks_error(sorted(silent or awaited), "what the ranks of a node read for each other")
 
     def give_up(self, error: BaseException) -> None:
-        blamed = error.missing_ranks[0] if isinstance(error, CommitTimeout) and error.missing_ranks else self._rank
-        self._own.words[GAVE_UP] = 1 + blamed
-        if self._fanout is not None:
-            self._fanout.give_up(blamed)
+        _give_up(error, self._rank, self._own, self._fanout)
 
     def finish(self) -> None:
         """Nobody need wait for a sign of life of this rank any more."""
         self._own.words[BEAT] = FINISHED
         if self._fanout is not None:
             self._fanout.close()
+
+
+def _give_up(error: BaseException, rank: int, own: Memory | None, fanout: FanoutEnd | None) -> None:
+    """Tells the other ranks of the node, and other nodes; once."""
+    blamed = error.missing_ranks[0] if isinstance(error, CommitTimeout) and error.missing_ranks else rank
+    if own is not None and not own.words[GAVE_UP]:
+        own.words[GAVE_UP] = 1 + blamed
+        if fanout is not None:
+            fanout.give_up(blamed)
 
 
 @contextlib.contextmanager
@@ -267,7 +286,7 @@ def relayed(
             own, where = own_memory(shape, stack)
             problem = ""
             if job is not None:
-                server, problem = _listening(group.rank, stack, seconds_max * WAIT_SHARE)
+                server, problem = _listening(group.rank, job.ending, seconds_max * WAIT_SHARE)
             address = (group.host, server.port if server is not None else 0)
             line = msgspec.msgpack.encode(_Offer(said, where, address, problem))
         except Exception as error:
@@ -278,39 +297,42 @@ def relayed(
             type=_Answer,
         )
         relay: NodeRelay | None = None
-        if answer.portions:
-            problem = answer.problem
-            memories: dict[int, Memory] = {}
-            try:
-                if not problem and own is not None:
-                    mine, turns = _turns(snapshot, chunks, answer.portions, group.rank)
-                    sharing = {rank for portion in answer.portions for rank in portion.ranks}
-                    problem, memories = mapped(answer.memories, sharing, group.rank, own, shape, stack)
-                line = problem.encode()
-            except Exception as error:
-                line = failure = error
-            problem = meeting.exchange("mapped", line, failure, _first_problem).decode()
-            if problem and answer.job.fanout.carried:
-                raise RestoreError(f"{problem}. Then nodes cannot read for each other: use Options(read_fanout='node')")
-            if problem and group.rank == members[0]:
-                log.info(
-                    "step %d: each rank of this node reads all that it wants, since they cannot share memory: %s",
-                    snapshot.step,
-                    problem,
-                )
-            if not problem:
-                fanout = None
-                if job is not None and server is not None and answer.job.fanout.carried:
-                    read = [turn.name for turn in turns if turn.name is not None and turn.is_read_by(group.rank)]
-                    sources = {turn.portion.source for turn in turns if turn.is_fetched_by(group.rank)}
-                    fanout = FanoutEnd(job, answer.job, server, read, sources, seconds_max * WAIT_SHARE)
-                chunks = mine
-                relay = NodeRelay(members, group.rank, shape, memories, turns, seconds_max * WAIT_SHARE, fanout)
+        fanout: FanoutEnd | None = None
         try:
+            if answer.portions:
+                problem = answer.problem
+                memories: dict[int, Memory] = {}
+                try:
+                    if not problem and own is not None:
+                        mine, turns = _turns(snapshot, chunks, answer.portions, group.rank)
+                        if job is not None and server is not None and answer.fanout.is_needed:
+                            # From here on other nodes get an answer, if only that this rank gives up.
+                            read = [
+                                turn.name for turn in turns if turn.name is not None and turn.is_read_by(group.rank)
+                            ]
+                            fanout = FanoutEnd(job, answer.fanout, server, read, seconds_max * WAIT_SHARE)
+                        sharing = {rank for portion in answer.portions for rank in portion.ranks}
+                        problem, memories = mapped(answer.memories, sharing, group.rank, own, shape, stack)
+                    line = problem.encode()
+                except Exception as error:
+                    line = failure = error
+                problem = meeting.exchange("mapped", line, failure, _first_problem).decode()
+                if problem and answer.fanout.is_needed:
+                    raise RestoreError(
+                        f"{problem}. Then nodes cannot read for each other: use Options(read_fanout='node')"
+                    )
+                if problem and group.rank == members[0]:
+                    log.info(
+                        "step %d: each rank of this node reads all that it wants, since they cannot share memory: %s",
+                        snapshot.step,
+                        problem,
+                    )
+                if not problem:
+                    chunks = mine
+                    relay = NodeRelay(members, group.rank, shape, memories, turns, seconds_max * WAIT_SHARE, fanout)
             yield chunks, relay
         except BaseException as error:
-            if relay is not None:
-                relay.give_up(error)
+            _give_up(error, group.rank, own, fanout)
             raise
         if relay is not None:
             relay.finish()
@@ -385,7 +407,8 @@ def _dealt(
     portions = plan_node(said, group.nodes[group.rank], meeting.members, answer.fanout, sizes)
     memories = {rank: offer.memory for rank, offer in offers.items()} if portions else {}
     problem = next((f"rank {rank}: {one.problem}" for rank, one in memories.items() if one.problem), "")
-    return msgspec.msgpack.encode(_Answer(portions, memories, problem, answer))
+    here = for_node(answer, group.nodes[group.rank], portions)
+    return msgspec.msgpack.encode(_Answer(portions, memories, problem, here))
 
 
 def _turns(

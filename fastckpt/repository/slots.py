@@ -19,7 +19,7 @@ from fastckpt.repository.chunk_reader import READ_BYTES_MAX
 from fastckpt.storage.store import BLOCK_BYTES
 
 MEMORY_BYTES_MAX = 64 * 1024 * 1024
-"""Of one rank's slots, unless ``SLOTS_MIN`` of them take more."""
+"""Of one rank's slots, unless ``SLOTS_MIN`` of them take more; as much again for what it fetches from other nodes."""
 SLOTS_MIN = 4
 
 _NAME = "fastckpt-relay"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import socket
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from caught import PATIENT, Ending, before, ending, say, strike
 from jobs import rank
-from test_shared_reading import CHUNK_BYTES, SAVED_BY, CountingStore, local, saves, sharded, state_bytes
+from test_shared_reading import CHUNK_BYTES, SAVED_BY, CountingStore, local, saves, sharded, state_bytes, value
 from torch.distributed.tensor import DTensor, Replicate
 
 import fastckpt
@@ -117,6 +118,31 @@ def test_nodes_behind_faster_uplinks_read_more(urls: dict[str, str]) -> None:
     read = ranks.run(3, reads_behind_uplinks, urls["raw"])
     assert 0.75 * state_bytes() <= read[0] <= 0.85 * state_bytes(), read
     assert sum(read) <= 1.05 * state_bytes()
+
+
+WANTED_BY = {"all": range(5), "b and c": (1, 3, 4), "odd": (0, 2, 4), "c": (3, 4), "one": (2,)}
+"""Of the ranks of ``NODES``, by key: sets of nodes that overlap, and ranks of a node that want different keys."""
+
+
+def reads_for_several_sets(url: str) -> int:
+    job_groups._node = lambda: NODES[rank()]
+    store = CountingStore()
+    with Checkpointer(url, options=dataclasses.replace(options(), chunk_bytes=CHUNK_BYTES)) as ckpt:
+        full = {key: value(key, "float32", (400, 37), 1) for key in WANTED_BY}
+        ckpt.save(1, full).wait(PATIENT)
+        mine = {key: tensor for key, tensor in full.items() if rank() in WANTED_BY[key]}
+        state = zeros(mine)
+        dist.barrier()
+        store.bytes = 0
+        for _ in range(3):
+            assert ckpt.restore(state, only=list(mine)) == 1
+            assert all(torch.equal(state[key], mine[key]) for key in mine)
+        return store.bytes
+
+
+def test_sets_of_nodes_that_overlap_are_each_served_and_nobody_who_is_done_is_taken_for_lost(tmp_path: Path) -> None:
+    read = ranks.run(len(NODES), reads_for_several_sets, str(tmp_path / "sets"))
+    assert sum(read) <= 1.05 * 3 * len(WANTED_BY) * 400 * 37 * 4
 
 
 def reads_after_other_nodes_have_all(url: str) -> float:

@@ -51,7 +51,7 @@ def test_a_run_is_fetched_once_it_is_published(server: Server) -> None:
         assert server.is_out(FIRST)
         assert not server.is_out(SECOND)
         assert not server.finished
-        assert server.late_nodes == [OTHER_NODE]
+        assert server.late == {OTHER_NODE: FETCHER}
         fetching.fetch(READER, SECOND, views)
         assert [bytes(view) for view in views] == [b"123", b"45"]
         wait_for(server, lambda: not server._left[OTHER_NODE])
@@ -86,13 +86,13 @@ def test_a_run_of_another_size_is_refused(server: Server) -> None:
         fetching.fetch(READER, FIRST, buffers())
 
 
-def test_a_reader_that_gives_up_tells_who_waits_for_it(server: Server) -> None:
-    for blamed, kind in ((READER, PeerGaveUp), (2, CommitTimeout), (FETCHER, PeerGaveUp)):
-        server.give_up(blamed)
-        with client(server.port) as fetching, pytest.raises(CommitTimeout) as caught:
-            fetching.fetch(READER, FIRST, buffers())
-        assert type(caught.value) is kind
-        assert caught.value.missing_ranks == (2 if blamed == 2 else READER,)
+@pytest.mark.parametrize(("blamed", "kind"), [(READER, PeerGaveUp), (2, CommitTimeout), (FETCHER, PeerGaveUp)])
+def test_a_reader_that_gives_up_tells_who_waits_for_it(server: Server, blamed: int, kind: type[CommitTimeout]) -> None:
+    server.give_up(blamed)
+    with client(server.port) as fetching, pytest.raises(CommitTimeout) as caught:
+        fetching.fetch(READER, FIRST, buffers())
+    assert type(caught.value) is kind
+    assert caught.value.missing_ranks == (2 if blamed == 2 else READER,)
 
 
 @pytest.mark.parametrize(("blamed", "kind"), [(FETCHER, PeerGaveUp), (2, CommitTimeout), (None, CommitTimeout)])
@@ -102,12 +102,57 @@ def test_a_reader_hears_of_a_fetcher_that_gives_up_or_is_lost(
     server.publish(FIRST, [memoryview(b"abcde")], {OTHER_NODE})
     with client(server.port) as fetching:
         fetching.fetch(READER, FIRST, buffers())
-        fetching.close(blamed)
+        if blamed is None:
+            for connection in fetching._open:  # as the system does for a process that is gone
+                connection.close()
+        else:
+            fetching.give_up(blamed)
     wait_for(server, lambda: server._lost is not None)
     with pytest.raises(CommitTimeout) as caught:
         server.check()
     assert type(caught.value) is kind
     assert caught.value.missing_ranks == (2 if blamed == 2 else FETCHER,)
+
+
+def test_a_fetcher_that_has_all_it_wants_is_not_lost_although_its_node_wants_more(server: Server) -> None:
+    """What another rank of the node fetches."""
+    for name in (FIRST, SECOND):
+        server.publish(name, [memoryview(b"abcde")], {OTHER_NODE})
+        with client(server.port) as fetching:
+            fetching.fetch(READER, name, buffers())
+        wait_for(server, lambda: not server._connections)
+        server.check()
+    assert server.finished
+
+
+def test_a_fetcher_that_gives_up_before_it_has_connected_is_heard(server: Server) -> None:
+    with client(server.port) as fetching:
+        fetching.give_up(2)
+    wait_for(server, lambda: server._lost is not None)
+    with pytest.raises(CommitTimeout) as caught:
+        server.check()
+    assert caught.value.missing_ranks == (2,)
+
+
+def test_all_who_wait_hear_whom_the_reader_blames(server: Server) -> None:
+    heard: list[tuple[int, ...]] = []
+
+    def fetch() -> None:
+        with client(server.port) as fetching, pytest.raises(CommitTimeout) as caught:
+            fetching.fetch(READER, FIRST, buffers())
+        heard.append(tuple(caught.value.missing_ranks))
+
+    threads = [threading.Thread(target=fetch) for _ in range(20)]
+    for thread in threads[:10]:
+        thread.start()
+    wait_for(server, lambda: len(server._connections) == 10)
+    server.give_up(2)
+    server.give_up(3)  # the first is the reason
+    for thread in threads[10:]:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert heard == [(2,)] * 20
 
 
 def test_a_silent_reader_is_named() -> None:
