@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.compare.harness import ROOT, Runs, job, record
 from bench.compare.report import table
-from bench.read_fanout.restores import FANOUTS, STORAGE_BYTES_PER_SECOND, name_case, restores
+from bench.read_fanout.restores import FANOUTS, MEMORY, STORAGES, name_case, restores
 
 
 def main() -> None:
@@ -41,8 +41,11 @@ def main() -> None:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     size = int(arguments.gib * 2**30)
     load = os.getloadavg()
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        rows = job(arguments.nodes, restores, directory, size, arguments.runs)
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.directory) as directory,
+        tempfile.TemporaryDirectory(dir=MEMORY) as memory,
+    ):
+        rows = job(arguments.nodes, restores, directory, memory, size, arguments.runs)
         found = record(
             "read_fanout",
             Path(directory),
@@ -62,12 +65,12 @@ def main() -> None:
 def report(found: dict[str, Any]) -> str:
     runs = Runs(found["runs"])
     rows = []
-    for rate in STORAGE_BYTES_PER_SECOND:
-        each = [name_case(fanout, rate) for fanout in FANOUTS]
+    for storage in STORAGES:
+        each = [name_case(fanout, storage) for fanout in FANOUTS]
         read = [runs.spread(case, "read_bytes").median / found["bytes"] for case in each]
         rows.append(
             [
-                each[0].partition(", ")[2],
+                storage,
                 *(f"{runs.spread(case, 'seconds'):.2f}" for case in each),
                 f"{runs.ratio(each[1], each[0], 'seconds'):.2f}",
                 " / ".join(f"{most:.2f}" for most in read),

@@ -18,8 +18,9 @@ from bench.compare.harness import Case, Measures, alternate, drop_page_cache, to
 from fastckpt import Checkpointer, Options
 from fastckpt.storage.local import LocalStore
 
-STORAGE_BYTES_PER_SECOND = (None, 2e9, 1e9, 0.5e9)
-"""What all nodes share; None for the disk as it is."""
+STORAGES = {"memory": None, "the disk as it is": None, "1 GB/s": 1e9, "0.5 GB/s": 0.5e9}
+"""What all nodes share, in bytes/s; None for as much as there is. Memory is a tmpfs."""
+MEMORY = Path("/dev/shm")  # noqa: S108 - nothing there is trusted
 FANOUTS: tuple[Literal["node", "job"], ...] = ("node", "job")
 _CLONE_NEWUTS = 0x04000000
 
@@ -54,8 +55,8 @@ class SharedStorage:
         return until
 
 
-def restores(directory: str, size: int, runs: int) -> list[dict[str, Any]]:
-    """Every way, on each of the ranks."""
+def restores(directory: str, memory: str, size: int, runs: int) -> list[dict[str, Any]]:
+    """Every way, on each of the ranks. ``memory``: where a repository may be that is read without a disk."""
     rank = world()[1]
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUTS):
         raise OSError(ctypes.get_errno(), "cannot have a host name of its own")
@@ -67,18 +68,20 @@ def restores(directory: str, size: int, runs: int) -> list[dict[str, Any]]:
         clock.write_bytes(bytes(8))
     together()
     storage = SharedStorage(clock)
-    url = str(folder / "repository")
+    urls = dict.fromkeys(STORAGES, str(folder / "repository"))
+    urls["memory"] = memory
     saved = torch.arange(size // 8).view(torch.float32)
-    with Checkpointer(url) as ckpt:
-        ckpt.save(1, {"t": saved}).wait()
+    for url in sorted({*urls.values()}):
+        with Checkpointer(url) as ckpt:
+            ckpt.save(1, {"t": saved}).wait()
     state = torch.zeros_like(saved)
 
-    def restore(fanout: Literal["node", "job"], bytes_per_second: float | None) -> Case:
+    def restore(fanout: Literal["node", "job"], name: str) -> Case:
         def case(ready: Callable[[], None]) -> Measures:
-            with Checkpointer(url, options=Options(read_fanout=fanout)) as ckpt:
+            with Checkpointer(urls[name], options=Options(read_fanout=fanout)) as ckpt:
                 state.zero_()
                 drop_page_cache(folder)
-                storage.bytes_per_second, storage.bytes = bytes_per_second, 0
+                storage.bytes_per_second, storage.bytes = STORAGES[name], 0
                 ready()
                 start = time.perf_counter()
                 ckpt.restore({"t": state})
@@ -89,9 +92,9 @@ def restores(directory: str, size: int, runs: int) -> list[dict[str, Any]]:
 
         return case
 
-    cases = {name_case(fanout, rate): restore(fanout, rate) for rate in STORAGE_BYTES_PER_SECOND for fanout in FANOUTS}
+    cases = {name_case(fanout, name): restore(fanout, name) for name in STORAGES for fanout in FANOUTS}
     return alternate(cases, runs, 64 << 20)
 
 
-def name_case(fanout: str, rate: float | None) -> str:
-    return f"{fanout}, {'the disk as it is' if rate is None else f'{rate / 1e9:g} GB/s'}"
+def name_case(fanout: str, storage: str) -> str:
+    return f"{fanout}, {storage}"
