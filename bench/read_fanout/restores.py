@@ -20,7 +20,7 @@ from fastckpt.storage.local import LocalStore
 
 STORAGES = {"memory": None, "the disk as it is": None, "1 GB/s": 1e9, "0.5 GB/s": 0.5e9}
 """What all nodes share, in bytes/s; None for as much as there is. Memory is a tmpfs."""
-MEMORY = Path("/dev/shm")  # noqa: S108 - nothing there is trusted
+MEMORY = Path("/dev/shm")
 FANOUTS: tuple[Literal["node", "job"], ...] = ("node", "job")
 _CLONE_NEWUTS = 0x04000000
 
