@@ -230,23 +230,17 @@ def _meet(a: Runs, b: Runs) -> bool:
 
 
 def _united(each: Sequence[Runs]) -> Runs:
-    edges, depths = _depths(each)
-    return _where(edges, depths > 0)
+    runs = np.concatenate(each)
+    edges = np.unique(runs)
+    change = np.zeros(len(edges), np.int64)
+    np.add.at(change, np.searchsorted(edges, runs[:, 0]), 1)
+    np.subtract.at(change, np.searchsorted(edges, runs[:, 1]), 1)
+    return _where(edges, np.cumsum(change) > 0)
 
 
 def _without(runs: Runs, others: Runs) -> Runs:
     edges = np.unique(np.concatenate([runs, others]))
     return _where(edges, _contains(runs, edges) & ~_contains(others, edges))
-
-
-def _depths(each: Sequence[Runs]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The edges of all runs, ascending, and in how many runs that lies which is behind each."""
-    all_runs = np.concatenate(each)
-    edges = np.unique(all_runs)
-    change = np.zeros(len(edges), np.int64)
-    np.add.at(change, np.searchsorted(edges, all_runs[:, 0]), 1)
-    np.subtract.at(change, np.searchsorted(edges, all_runs[:, 1]), 1)
-    return edges, np.cumsum(change)
 
 
 def _where(edges: npt.NDArray[np.int64], holds: npt.NDArray[np.bool_]) -> Runs:

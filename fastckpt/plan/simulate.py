@@ -96,17 +96,6 @@ def simulate(
     return Simulation(finish, float(finish.max()))
 
 
-def fair_rates(tree: Tree, writing: npt.NDArray[np.bool_]) -> Floats:
-    """Bytes/s by rank, max-min fair, if the ranks in ``writing`` write at once; ``inf`` where no capacity is known."""
-    rates = np.zeros(len(writing))
-    writers = np.flatnonzero(writing)
-    if not len(writers):
-        return rates
-    flows, flow_of, _ = _merge(tree, writers, np.ones(len(writers)), 0.0)
-    rates[writers] = _rates(tree, flows, None)[flow_of]
-    return rates
-
-
 def _check(tree: Tree, loads: npt.NDArray[np.int64]) -> None:
     """``ValueError`` unless there is a load for each rank, and none is negative."""
     ranks = len(tree.capacities[0])

@@ -21,7 +21,7 @@ PARSERS = ("value", *MANIFESTS, "footer", "FORMAT")
 RUNS = 1_000_000
 RUNS_SECONDS = 40
 """A parser that takes longer gets fewer inputs: how fast they are depends on what the fuzzer finds on its way."""
-RUNS_MIN = 10_000
+RUNS_MIN = 50_000
 PROCESSES = 2
 SECONDS_MAX = 1500
 """For a million inputs; a third of a minute on a core that does nothing else."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastckpt.plan.simulate import TOLERANCE, fair_rates, simulate
+from fastckpt.plan.simulate import TOLERANCE, _merge, _rates, simulate
 from fastckpt.topology.topology import Tree
 
 MB = 10**6
@@ -106,7 +106,11 @@ def trees(draw: st.DrawFn, ranks_max: int = 12) -> Tree:
 def test_rates_are_max_min_fair_and_waste_no_capacity(paths: Tree, chance: random.Random) -> None:
     ranks = len(paths.capacities[0])
     writing = np.array([chance.random() < 0.8 for _ in range(ranks)])
-    rates = fair_rates(paths, writing)
+    rates = np.zeros(ranks)
+    if writing.any():
+        writers = np.flatnonzero(writing)
+        flows, flow_of, _ = _merge(paths, writers, np.ones(len(writers)), 0.0)
+        rates[writers] = _rates(paths, flows, None)[flow_of]
     assert (rates[~writing] == 0).all()
     bottleneck = np.isinf(rates) | ~writing
     for edge, capacity in zip(paths.edges_of_ranks(), paths.capacities, strict=True):
